@@ -1,0 +1,1 @@
+"""Cost accounting, routing statistics and depth maps."""

@@ -1,0 +1,1 @@
+"""Typed configurations of the architectures; no torch."""

@@ -1,0 +1,1 @@
+"""Checkpoints to checkpoints: layer maps, initialisation, streaming writer."""

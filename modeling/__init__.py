@@ -1,0 +1,1 @@
+"""What runs inside forward(): backbones, routing, caches, models and their remote code."""

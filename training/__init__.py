@@ -1,0 +1,1 @@
+"""Distillation from a source model, text blocks and callbacks for the Trainer."""
