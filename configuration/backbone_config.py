@@ -1,0 +1,164 @@
+"""The flat configuration of a decoder whose layers come from a vanilla family of transformers.
+
+The family's own fields (`hidden_size`, `num_attention_heads`, `rope_parameters`, ...) stand at top level, so that
+PEFT, tensor-parallel plans and attention backends find the names they know. They are typed, defaulted and validated
+by building the family's own configuration class; a key that neither the family nor the architecture knows is refused.
+"""
+
+import dataclasses
+import difflib
+from typing import Any
+
+from huggingface_hub.dataclasses import strict
+from transformers import GenerationConfig
+from transformers.configuration_utils import PreTrainedConfig
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+
+BACKBONES = (
+    "llama",
+    "mistral",
+    "qwen2",
+    "qwen3",
+    "smollm3",
+    "olmo2",
+    "phi3",
+    "granite",
+    "gemma2",
+    "gemma3_text",
+    "exaone4",
+    "glm4",
+    "cohere2",
+    "starcoder2",
+)
+
+# lists with one entry per unrolled layer: a repeat of a layer carries the entry of its first use
+PER_LAYER_FIELDS = ("layer_types", "no_rope_layers")
+
+# what transformers itself writes into a config.json or passes to a config beside the dataclass fields
+_METADATA = {
+    "_attn_implementation",
+    "_commit_hash",
+    "_name_or_path",
+    "attn_implementation",
+    "auto_map",
+    "experts_implementation",
+    "model_type",
+    "name_or_path",
+    "num_labels",
+    "output_attentions",
+    "per_layer_config",
+    "quantization_config",
+    "tie_last_hidden_states",
+    "torch_dtype",
+}
+_ROPE_KEYS = {"rope_theta", "rope_scaling", "partial_rotary_factor", "rope_local_base_freq"}
+_BASE_FIELDS = {field.name for field in dataclasses.fields(PreTrainedConfig)}
+
+
+def check_choice(field: str, value: Any, allowed: tuple[str, ...]) -> None:
+    """Raises a `ValueError` that names the field, the value and what is allowed."""
+    if value not in allowed:
+        guess = difflib.get_close_matches(str(value), allowed, n=1)
+        hint = f"; did you mean {guess[0]!r}?" if guess else "."
+        raise ValueError(f"`{field}` is {value!r}, but must be one of {', '.join(map(repr, allowed))}{hint}")
+
+
+@strict
+class BackboneConfig(PreTrainedConfig):
+    r"""
+    Args:
+        backbone (`str`, *optional*, defaults to `"llama"`):
+            Family whose decoder layers, norm, rotary embedding and embedding are used; one of `BACKBONES`.
+        num_hidden_layers (`int`, *optional*, defaults to 32):
+            Unrolled depth: the number of layer applications of a token that skips nothing, and of KV cache slots.
+        kwargs:
+            Every field of the family's own configuration.
+
+    Raises:
+        ValueError: for a family that is not supported, and for a key that nobody knows.
+    """
+
+    backbone: str = "llama"
+    num_hidden_layers: int = 32
+    use_cache: bool = True
+
+    def __post_init__(self, **kwargs):
+        check_choice("backbone", self.backbone, BACKBONES)
+        kwargs = self._adopt_family_fields(kwargs)
+        super().__post_init__(**kwargs)
+
+    def _adopt_family_fields(self, kwargs: dict[str, Any]) -> dict[str, Any]:
+        """Builds the family's config from `kwargs`, copies what it holds to `self`; returns transformers' metadata."""
+        known = family_fields(self.backbone)
+        own_fields = {field.name for field in dataclasses.fields(self)}
+        generation = set(GenerationConfig._get_default_generation_params())
+
+        family_kwargs = {name: getattr(self, name) for name in known & own_fields}
+        family_kwargs |= {key: value for key, value in kwargs.items() if key in known | _ROPE_KEYS}
+        family = CONFIG_MAPPING[self.backbone](**family_kwargs)
+
+        derived = {key: value for key, value in vars(family).items() if key not in _BASE_FIELDS and key[0] != "_"}
+        for key, value in kwargs.items():
+            if key in known | _METADATA | _ROPE_KEYS | _BASE_FIELDS or key in generation:
+                continue
+            if key not in derived:
+                guess = difflib.get_close_matches(key, own_fields | known, n=1)
+                raise ValueError(
+                    f"`{key}` is neither a field of {type(self).__name__} nor of the {self.backbone} configuration"
+                    + (f"; did you mean `{guess[0]}`?" if guess else "; remove it.")
+                )
+            if value != derived[key]:
+                raise ValueError(
+                    f"`{key}` is {value!r}, but the {self.backbone} configuration derives {derived[key]!r} from its "
+                    "other fields; remove it."
+                )
+        for key, value in derived.items():
+            if key not in own_fields:
+                setattr(self, key, value)
+        return {key: value for key, value in kwargs.items() if key in _METADATA | _BASE_FIELDS}
+
+    def repeat_layer_fields(self, physical_layers: list[int]) -> None:
+        """Rewrites the per-layer lists so that every repeat carries the entry of its layer's first use.
+
+        Args:
+            physical_layers (`list[int]`): the physical layer of each unrolled layer.
+        """
+        first_use = first_uses(physical_layers)
+        for name in PER_LAYER_FIELDS:
+            entries = getattr(self, name, None)
+            if entries is None:
+                continue
+            if len(entries) != self.num_hidden_layers:
+                raise ValueError(
+                    f"`{name}` has {len(entries)} entries, but must have one for each of the {self.num_hidden_layers} "
+                    "unrolled layers (`num_hidden_layers`)."
+                )
+            setattr(self, name, [entries[first_use[layer]] for layer in physical_layers])
+
+    @property
+    def base_model_tp_plan(self) -> dict[str, Any] | None:
+        """The family's tensor-parallel plan: the parameter names are the family's."""
+        return CONFIG_MAPPING[self.backbone].base_model_tp_plan
+
+    def to_diff_dict(self) -> dict[str, Any]:
+        """All fields of the architecture and of the family; transformers' own ones where they are not at default.
+
+        A difference to the defaults of one family would lose values that are another family's default.
+        """
+        default = PreTrainedConfig().to_dict()
+        return {key: value for key, value in self.to_dict().items() if key not in default or value != default[key]}
+
+
+def family_fields(backbone: str) -> set[str]:
+    """Names of the fields that the family's configuration adds to those of every configuration."""
+    return {field.name for field in dataclasses.fields(CONFIG_MAPPING[backbone])} - _BASE_FIELDS
+
+
+def first_uses(physical_layers: list[int]) -> dict[int, int]:
+    """Maps each physical layer to the first unrolled index at which it is applied."""
+    uses: dict[int, int] = {}
+    for unrolled, layer in enumerate(physical_layers):
+        uses.setdefault(layer, unrolled)
+    return uses
+
