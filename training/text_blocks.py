@@ -1,0 +1,202 @@
+"""Text to token blocks of equal length, split by document into a part to train on and a part held out."""
+
+from __future__ import annotations
+
+import json
+import random
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.utils.data import Dataset
+
+DOCUMENT_CHARACTERS = 4000  # least size of a document cut from a plain text file
+
+
+class TokenBlocks(Dataset):
+    """Blocks of `length` tokens; item `i` is `{"input_ids", "labels"}`, both `torch.LongTensor` of shape `(length,)`.
+
+    Args:
+        blocks (`torch.Tensor` of shape `(number of blocks, length)`): token ids.
+    """
+
+    def __init__(self, blocks: torch.Tensor):
+        self.blocks = blocks
+
+    def __len__(self) -> int:
+        return len(self.blocks)
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        return {"input_ids": self.blocks[index], "labels": self.blocks[index]}
+
+    @property
+    def num_tokens(self) -> int:
+        return self.blocks.numel()
+
+
+@dataclass(frozen=True)
+class TextSplit:
+    """What `load_text_blocks` returns: two sets of blocks without a document in common, and where they come from."""
+
+    train: TokenBlocks
+    held_out: TokenBlocks
+    source: str
+
+
+def load_documents(source: str | Path | Sequence[str] | None = None, *, text_column: str = "text") -> list[str]:
+    """The documents of a text source.
+
+    Args:
+        source: `None` for the `pydoc` topics (English prose that every Python carries); a list of documents;
+            a folder (each `.txt` or `.md` file is a document); a `.jsonl` file (each line is a document, its text in
+            `text_column`); any other file (cut at blank lines into documents of at least 4000 characters); or else the
+            id of a dataset, loaded with `datasets` (its "train" split, each row is a document).
+        text_column: the column that holds the text, for `.jsonl` and `datasets`.
+
+    Returns:
+        Non-empty documents in the order of the source.
+
+    Raises:
+        ValueError: nothing to read there, or no text in it.
+    """
+    if source is None:
+        from pydoc_data.topics import topics
+
+        documents: Iterable[str] = [topics[name] for name in sorted(topics)]
+    elif not isinstance(source, str | Path):
+        documents = list(source)
+    elif (path := Path(source)).is_dir():
+        files = sorted(p for p in path.rglob("*") if p.suffix in (".txt", ".md"))
+        documents = [p.read_text(encoding="utf-8") for p in files]
+    elif path.is_file():
+        documents = _documents_of_file(path, text_column)
+    else:
+        documents = _documents_of_dataset(str(source), text_column)
+    kept = [text.strip() for text in documents if text and text.strip()]
+    if not kept:
+        raise ValueError(f"No text in {source!s}: give a text file, a folder of .txt files, or a dataset with text.")
+    return kept
+
+
+def _documents_of_file(path: Path, text_column: str) -> list[str]:
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8 text (byte {error.start}): give a text file in UTF-8.") from None
+    if path.suffix != ".jsonl":
+        return _cut(text)
+    documents = []
+    for number, line in enumerate(text.splitlines(), 1):
+        if not line.strip():
+            continue
+        try:
+            row: Any = json.loads(line)
+            documents.append(row if isinstance(row, str) else row[text_column])
+        except (ValueError, KeyError, TypeError):
+            raise ValueError(
+                f"Line {number} of {path} holds no text: each line must be a JSON string or an object "
+                f"with the key {text_column!r}."
+            ) from None
+    return documents
+
+
+def _cut(text: str) -> list[str]:
+    """Runs of paragraphs, so that neighbouring paragraphs mostly stay on the same side of a split."""
+    documents: list[str] = []
+    run: list[str] = []
+    size = 0
+    for paragraph in re.split(r"\n\s*\n", text):
+        run.append(paragraph)
+        size += len(paragraph)
+        if size >= DOCUMENT_CHARACTERS:
+            documents.append("\n\n".join(run))
+            run, size = [], 0
+    return documents + ["\n\n".join(run)] if run else documents
+
+
+def _documents_of_dataset(name: str, text_column: str) -> Iterable[str]:
+    try:
+        import datasets
+    except ImportError:
+        raise ValueError(
+            f"{name!r} is no file or folder here, and to load it as a dataset the package `datasets` is missing: "
+            "give a path that exists, or `pip install datasets`."
+        ) from None
+    try:
+        rows = datasets.load_dataset(name, split="train")
+    except Exception as error:  # every reason that datasets may have: one sentence with the remedy instead
+        raise ValueError(
+            f"{name!r} is no file or folder here, and `datasets` cannot load it ({type(error).__name__}: {error}): "
+            "give a path that exists or the id of a dataset with a train split."
+        ) from error
+    if text_column not in rows.column_names:
+        raise ValueError(
+            f"Dataset {name!r} has no column {text_column!r}, only {sorted(rows.column_names)}: "
+            "name one of these as text_column."
+        )
+    return rows[text_column]
+
+
+def split_documents(documents: Sequence[str], *, held_out: float = 0.1, seed: int = 0) -> tuple[list[str], list[str]]:
+    """A random split by document: the held-out part holds about `held_out` of the characters, at least one document.
+
+    Raises:
+        ValueError: fewer than two documents, or `held_out` not between 0 and 1.
+    """
+    if not 0.0 < held_out < 1.0:
+        raise ValueError(f"held_out={held_out} is not a share: give a number between 0 and 1, such as 0.1.")
+    if len(documents) < 2:
+        raise ValueError(
+            f"{len(documents)} document cannot be split into a training and a held-out part: give at least two."
+        )
+    order = list(range(len(documents)))
+    random.Random(seed).shuffle(order)
+    wanted = held_out * sum(len(text) for text in documents)
+    taken, size = 0, 0
+    while taken < len(order) - 1 and size < wanted:
+        size += len(documents[order[taken]])
+        taken += 1
+    aside = set(order[:taken])
+    return (
+        [text for i, text in enumerate(documents) if i not in aside],
+        [text for i, text in enumerate(documents) if i in aside],
+    )
+
+
+def token_blocks(documents: Sequence[str], tokenizer: Any, length: int) -> TokenBlocks:
+    """Tokenizes documents, joins them with the end-of-text token and cuts blocks of `length` tokens.
+
+    The last tokens, fewer than `length`, are left out.
+
+    Raises:
+        ValueError: not enough text for one block.
+    """
+    end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    stream: list[int] = []
+    for ids in tokenizer(list(documents), add_special_tokens=False, verbose=False)["input_ids"]:
+        stream += ids + end
+    count = len(stream) // length
+    if count == 0:
+        raise ValueError(
+            f"{len(documents)} documents give {len(stream)} tokens, less than one block of {length}: "
+            "give more text or a smaller length."
+        )
+    return TokenBlocks(torch.tensor(stream[: count * length], dtype=torch.long).view(count, length))
+
+
+def load_text_blocks(
+    source: str | Path | Sequence[str] | None,
+    tokenizer: Any,
+    *,
+    length: int = 256,
+    held_out: float = 0.1,
+    seed: int = 0,
+    text_column: str = "text",
+) -> TextSplit:
+    """Reads `source` (see `load_documents`), splits it by document and returns token blocks of both parts."""
+    train, rest = split_documents(load_documents(source, text_column=text_column), held_out=held_out, seed=seed)
+    name = "the pydoc topics" if source is None else str(source)[:200]
+    return TextSplit(token_blocks(train, tokenizer, length), token_blocks(rest, tokenizer, length), name)
