@@ -39,7 +39,7 @@ class FamilyShape:
     uniform_window: bool = False
 
 
-_BIASED = {"qkv_bias": "attention_bias", "o_bias": "attention_bias"}
+_BIASED: dict[str, Any] = {"qkv_bias": "attention_bias", "o_bias": "attention_bias"}
 
 FAMILY_SHAPES: dict[str, FamilyShape] = {
     "llama": FamilyShape(**_BIASED, mlp_bias="mlp_bias"),
@@ -232,7 +232,7 @@ def full_routing(config: Any, tokens: int, past: int = 0) -> RowRouting:
 
 
 def training_routing(config: Any, tokens: int) -> RowRouting:
-    """A row of `tokens` in training: top-k for expert choice (paper, section 2.2.1), perfect balance for token choice."""
+    """A row of `tokens` in training: top-k for expert choice (paper, section 2.2.1), balanced token choice."""
     loads = [max(1, int(share * tokens)) for share in expected_shares(config)]
     blocks = len(config.recursive_blocks) if _is_routed(config) else 0
     return RowRouting(tokens, tuple(loads) * blocks, 0, (0,) * (len(loads) * blocks))
@@ -276,56 +276,55 @@ def slot_loads(config: Any, routing: RowRouting) -> list[SlotLoad]:
     Raises:
         ValueError: if `routing` does not have one entry per pass of `config`.
     """
-    routed = _routed_slots(config)
-    passes = 1 + max((p for p, _ in routed.values()), default=-1)
-    stored = routing.stored or (0,) * passes
-    for name, values in (("entered", routing.entered), ("stored", stored)):
+    slots = _recursive_slots(config)
+    passes = len(config.recursive_blocks) * config.num_recursions if _is_routed(config) else 0
+    before = routing.stored or (0,) * passes
+    for name, values in (("entered", routing.entered), ("stored", before)):
         if len(values) != passes:
             raise ValueError(
-                f"The routing has {len(values)} numbers in `{name}`, but this configuration has {passes} routed passes "
-                "(blocks times recursions); give one number per pass."
+                f"The routing has {len(values)} numbers in `{name}`, but this configuration has {passes} routed "
+                "passes (blocks times recursions); give one number per pass."
             )
+    dense = dense_recursions(config)
     shared = is_recursive(config) and config.kv_mode == "shared"
-    repeats = _repeats(config) if shared else set()
     loads = []
     for slot in range(config.num_hidden_layers):
-        keeps = slot not in repeats
-        if slot in routed:
-            index, first = routed[slot]
-            source = first if shared else index
-            queries, total = routing.entered[index], routing.entered[source] + stored[source]
-            keys, held = total, total if keeps else 0
+        block, recursion = slots.get(slot, (0, 0))
+        routed = slot in slots and not dense[recursion]
+        keeps = not (shared and recursion)
+        index = block * len(dense) + recursion
+        queries = routing.entered[index] if routed else routing.tokens
+        if routed and not shared:
+            keys = held = before[index] + routing.entered[index]
         else:
+            # with shared keys and values, those of the first recursion, which is dense
             window = window_of(config, slot)
-            before = routing.past if window is None else min(routing.past, window - 1)
-            queries, keys = routing.tokens, before + routing.tokens
-            held = routing.past + routing.tokens
-            held = held if window is None else min(held, window - 1)
-            held = held if keeps else 0
+            past = routing.past if window is None else min(routing.past, window - 1)
+            keys = past + routing.tokens
+            held = 0 if not keeps else keys if window is None else min(routing.past + routing.tokens, window - 1)
         # a layer that nobody enters is not called: its keys are multiplied with nothing
         loads.append(SlotLoad(slot, queries, keys if queries else 0, keeps, held))
     return loads
 
 
-def _routed_slots(config: Any) -> dict[int, tuple[int, int]]:
-    """Unrolled layer -> (its pass, the first pass of its block)."""
+def dense_recursions(config: Any) -> list[bool]:
+    """Per recursion, whether every token enters it by construction; it is then run and stored as in vanilla."""
+    n = getattr(config, "num_recursions", 1)
+    if not _is_routed(config):
+        return [True] * n
+    if config.routing == "token_choice":
+        return [r == 0 for r in range(n)]
+    return [capacity == 1 for capacity in config.capacities]
+
+
+def _recursive_slots(config: Any) -> dict[int, tuple[int, int]]:
+    """Unrolled layer -> (its block, its recursion), for the layers of recursive blocks."""
     slots: dict[int, tuple[int, int]] = {}
-    if _is_routed(config):
-        n = config.num_recursions
-        for b, block in enumerate(config.recursive_blocks):
-            for r in range(n):
-                for j in range(len(block.layers)):
-                    slots[block.start + r * len(block.layers) + j] = (b * n + r, b * n)
+    if is_recursive(config):
+        for number, block in enumerate(config.recursive_blocks):
+            for offset in range(config.num_recursions * len(block.layers)):
+                slots[block.start + offset] = number, offset // len(block.layers)
     return slots
-
-
-def _repeats(config: Any) -> set[int]:
-    """Unrolled layers of every recursion but the first."""
-    return {
-        block.start + offset
-        for block in config.recursive_blocks
-        for offset in range(len(block.layers), config.num_recursions * len(block.layers))
-    }
 
 
 @dataclass(frozen=True)
@@ -359,9 +358,11 @@ def forward_flops(config: Any, routing: RowRouting, logits: int | None = None) -
         routing: how many tokens enter each pass.
         logits: positions the head computes; all columns by default, 1 in a decode step, 0 without a head.
     """
-    family, (d, q, k, head_dim, inner) = family_shape(config), layer_shape(config)
+    family, (d, q, k, _, inner) = family_shape(config), layer_shape(config)
     mlp_weights = (3 if family.gated else 2) * d * inner
-    projections = attention = mlp = 0
+    projections: float = 0
+    attention: float = 0
+    mlp: float = 0
     for load in slot_loads(config, routing):
         kv = 2 * k if load.projects_kv or family.fused_qkv else 0
         projections += 2 * load.queries * (d * (q + kv) + q * d)
@@ -378,7 +379,7 @@ def forward_flops(config: Any, routing: RowRouting, logits: int | None = None) -
 
 
 def router_tokens(config: Any, routing: RowRouting) -> int:
-    """Tokens scored, summed over routers and predictors: who left a block at one recursion is not scored at the next."""
+    """Tokens scored, summed over routers and predictors. Who left at one recursion is not scored at the next."""
     n = config.num_recursions
     first = routing.tokens if routing.candidates is None else routing.candidates
     if config.routing == "token_choice":
@@ -426,17 +427,18 @@ def cost_summary(config: Any, context: int = 1024, bytes_per_value: int = 2) -> 
         bytes_per_value: bytes of a stored number, 2 for bfloat16.
     """
     shares = expected_shares(config)
-    family, (d, q, k, head_dim, inner) = family_shape(config), layer_shape(config)
-    routed, n = _routed_slots(config), getattr(config, "num_recursions", 1)
+    family, (d, q, k, _, inner) = family_shape(config), layer_shape(config)
+    slots, dense = _recursive_slots(config), dense_recursions(config)
     shared = is_recursive(config) and config.kv_mode == "shared"
-    repeats = _repeats(config) if shared else set()
     flops = 2.0 * d * config.vocab_size
     kv = layers = 0.0
     for slot in range(config.num_hidden_layers):
-        share = shares[routed[slot][0] % n] if slot in routed else 1.0
-        source = 1.0 if slot not in routed else shares[0] if shared else share
-        window = None if slot in routed else window_of(config, slot)
-        keeps = slot not in repeats
+        recursion = slots[slot][1] if slot in slots else 0
+        routed = slot in slots and not dense[recursion]
+        share = shares[recursion] if routed else 1.0
+        source = share if routed and not shared else 1.0
+        window = None if routed and not shared else window_of(config, slot)
+        keeps = not (shared and recursion)
         keys = source * context if window is None else min(context, window - 1)
         kv_width = 2 * k if keeps or family.fused_qkv else 0
         weights = d * (q + kv_width) + q * d + (3 if family.gated else 2) * d * inner

@@ -20,7 +20,6 @@ from varidepth.analysis.cost import (
 from varidepth.analysis.paper_flops import paper_flops_per_token, paper_training_flops, paper_training_steps
 from varidepth.configuration.configuration_mor import MoRConfig
 
-
 logging.set_verbosity_error()
 
 SMOLLM = {
@@ -59,6 +58,9 @@ def tiny(family: str, **changes):
     return CONFIG_MAPPING[family](**{**fields, **changes})
 
 
+WINDOWED = ("qwen2", "qwen3", "smollm3", "gemma2", "gemma3_text", "exaone4", "cohere2")
+
+
 class MatrixProducts(torch.utils._python_dispatch.TorchDispatchMode):
     """Counts the FLOPs of every matrix product that is dispatched."""
 
@@ -76,7 +78,7 @@ class MatrixProducts(torch.utils._python_dispatch.TorchDispatchMode):
         }
         if func in operands:
             a, b = (args[i] for i in operands[func])
-            # an inner width of 1 is the outer product of the rotary angles, which some versions of torch do not dispatch
+            # an inner width of 1 is the outer product of the rotary angles: no matrix product in newer torch
             self.flops += 2 * a.numel() * b.shape[-1] if a.shape[-1] > 1 else 0
         elif "scaled_dot_product" in func.__name__ or "convolution" in func.__name__:
             raise AssertionError(f"{func} is not counted; use eager attention")
@@ -119,9 +121,6 @@ def test_flops_of_a_vanilla_model_equal_those_counted(family):
         assert forward_flops(config, routing).total == counted.flops
         held = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
         assert kv_bytes(config, routing) == held
-
-
-WINDOWED = ("qwen2", "qwen3", "smollm3", "gemma2", "gemma3_text", "exaone4", "cohere2")
 
 
 @pytest.mark.parametrize(
@@ -217,7 +216,7 @@ def test_expected_cost_of_a_token_equals_the_exact_count_when_all_are_active():
 
 
 def test_skipped_passes_cost_nothing():
-    config = mor("360M", 2, 32)
+    config = mor("360M", 2, 32, capacities=[0.9, 0.5])
     everything = forward_flops(config, RowRouting(1, (1, 1), 10, (10, 4)), logits=1)
     half = forward_flops(config, RowRouting(1, (1, 0), 10, (10, 4)), logits=1)
     none = forward_flops(config, RowRouting(1, (0, 0), 10, (10, 4)), logits=1)
