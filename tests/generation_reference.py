@@ -1,0 +1,137 @@
+"""Tiny models in every routing and KV mode, and a slow generation loop that shares nothing with `generate`.
+
+The loop runs one unpadded row at a time and recomputes the whole sequence for every token, without a cache. It is what
+the generation cases compare with.
+"""
+
+import functools
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, set_seed
+
+from varidepth import MoRConfig
+
+VOCABULARY = 61
+PROMPT_LENGTHS = (9, 4, 7)
+
+SIZES = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 128,
+    "initializer_range": 0.2,
+    "pad_token_id": 0,
+    "bos_token_id": None,
+    "eos_token_id": None,
+}
+# 6 unrolled layers: prelude, two recursions of two shared layers, coda.
+DEEP = {"num_hidden_layers": 6, "num_recursions": 2, "sharing": "middle_cycle"}
+BLENDED = {"gating": "interpolate"}
+EXPERT = {"routing": "expert_choice", "capacities": [0.8, 0.5], "router_alpha": 1.0}
+
+CASES: dict[str, dict[str, Any]] = {
+    "none": DEEP | {"routing": "none"},
+    "none-shared": DEEP | {"routing": "none", "kv_mode": "shared"},
+    "expert": DEEP | EXPERT,
+    "expert-predictor": DEEP | EXPERT | {"inference_rule": "predictor"},
+    "expert-shared": DEEP | EXPERT | {"kv_mode": "shared", "capacities": [1.0, 0.5]},
+    "expert-cycle": EXPERT | BLENDED | {"num_hidden_layers": 4, "num_recursions": 2, "sharing": "cycle"},
+    "expert-sequence": EXPERT | {"num_hidden_layers": 6, "num_recursions": 2, "sharing": "middle_sequence"},
+    "token": DEEP | {"routing": "token_choice"},
+    "token-shared": DEEP | {"routing": "token_choice", "kv_mode": "shared"},
+    "token-loss_free": DEEP | {"routing": "token_choice", "balancing": "loss_free"} | BLENDED,
+    "gemma2-expert": DEEP | EXPERT | {"backbone": "gemma2", "sliding_window": 5, "head_dim": 8},
+    "gemma2-token": DEEP | {"routing": "token_choice", "backbone": "gemma2", "sliding_window": 5, "head_dim": 8},
+    "qwen3-expert": DEEP
+    | EXPERT
+    | {
+        "backbone": "qwen3",
+        "head_dim": 8,
+        "use_sliding_window": True,
+        "sliding_window": 5,
+        "layer_types": ["full_attention", "sliding_attention", "full_attention"] * 2,
+    },
+}
+
+
+def attention_of(case: str) -> str:
+    """Gemma 2 caps its attention scores, which sdpa cannot."""
+    return "eager" if case.startswith("gemma2") else "sdpa"
+
+
+@functools.cache
+def build(case: str, attention: str | None = None) -> Any:
+    """The case's model in eval mode, with routers strong enough to spread the tokens over the depths."""
+    set_seed(0)
+    config = MoRConfig(**SIZES | CASES[case])
+    model = AutoModelForCausalLM.from_config(config, attn_implementation=attention or attention_of(case)).eval()
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for bank in (getattr(model.model, "routers", None), getattr(model.model, "predictors", None)):
+            if bank is not None:
+                bank.weight.copy_(torch.randn(bank.weight.shape, generator=generator))
+        bias = getattr(model.model, "balancing_bias", None)
+        if bias is not None:
+            bias.copy_(torch.tensor([[0.1, -0.1]]))
+    return model
+
+
+@functools.cache
+def vanilla() -> LlamaForCausalLM:
+    """A vanilla model over the same vocabulary: the other side of assisted decoding."""
+    set_seed(2)
+    return LlamaForCausalLM(LlamaConfig(num_hidden_layers=2, **SIZES)).eval()
+
+
+def prompts() -> list[torch.Tensor]:
+    """Rows of different lengths, each of shape `(1, length)`."""
+    generator = torch.Generator().manual_seed(3)
+    return [torch.randint(3, VOCABULARY, (1, length), generator=generator) for length in PROMPT_LENGTHS]
+
+
+def padded(rows: list[torch.Tensor], side: str = "left") -> tuple[torch.Tensor, torch.Tensor]:
+    """`(batch, longest)` ids and mask of the rows, padded with 0 on one side."""
+    longest = max(row.shape[1] for row in rows)
+    ids, mask = torch.zeros(len(rows), longest, dtype=torch.long), torch.zeros(len(rows), longest, dtype=torch.long)
+    for place, row in enumerate(rows):
+        where = slice(longest - row.shape[1], None) if side == "left" else slice(row.shape[1])
+        ids[place, where], mask[place, where] = row[0], 1
+    return ids, mask
+
+
+@torch.no_grad()
+def full_logits(model: Any, ids: torch.Tensor) -> torch.Tensor:
+    """fp32 logits of shape `(1, length, vocabulary)` of one row, without a cache."""
+    return model(input_ids=ids, use_cache=False).logits.float()
+
+
+def slow_greedy(model: Any, ids: torch.Tensor, steps: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Greedy continuation of one row: the whole row `(1, length + steps)` and the logits `(steps, vocabulary)`."""
+    seen = []
+    for _ in range(steps):
+        seen.append(full_logits(model, ids)[0, -1])
+        ids = torch.cat([ids, seen[-1].argmax()[None, None]], dim=1)
+    return ids, torch.stack(seen)
+
+
+def slow_sample(model: Any, ids: torch.Tensor, steps: int, temperature: float) -> torch.Tensor:
+    """Sampled continuation of one row; draws from torch's global generator, one draw per token."""
+    for _ in range(steps):
+        probabilities = (full_logits(model, ids)[:, -1] / temperature).softmax(dim=-1)
+        ids = torch.cat([ids, torch.multinomial(probabilities, 1)], dim=1)
+    return ids
+
+
+def slow_score(model: Any, ids: torch.Tensor, prompt_length: int) -> torch.Tensor:
+    """Mean log-probability of the tokens after the prompt, the score of a beam with length penalty 1."""
+    log_probabilities = full_logits(model, ids)[0, prompt_length - 1 : -1].log_softmax(dim=-1)
+    return log_probabilities.gather(1, ids[0, prompt_length:, None]).sum() / (ids.shape[1] - prompt_length)
+
+
+def relative_error(value: torch.Tensor, reference: torch.Tensor) -> float:
+    """Largest absolute difference over the largest reference value."""
+    assert value.shape == reference.shape, f"shapes {tuple(value.shape)} and {tuple(reference.shape)} differ"
+    return ((value.float() - reference).abs().max() / reference.abs().max()).item()

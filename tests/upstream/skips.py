@@ -1,0 +1,76 @@
+"""The one table of tests of transformers' own suite that our models do not pass, with the reason of each.
+
+`EXPECTED_FAILURES` are tests that run and are allowed to fail; an entry whose test passes is reported as stale.
+`SELF_SKIPS` are the reasons for which a test skips itself; one that matches none is reported, so that a test cannot
+fall silent.
+"""
+
+import re
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One expected failure.
+
+    modes: names of the modes it holds for, () for all. below: first transformers version, as (5, 22), where it no
+    longer holds. run: False for a test that would hang or disturb others. flaky: it may pass by chance and is then
+    not stale.
+    """
+
+    reason: str
+    modes: tuple[str, ...] = ()
+    below: tuple[int, int] | None = None
+    run: bool = True
+    flaky: bool = False
+
+
+# Test name (a parameterised test without its suffix counts for all) -> entry.
+EXPECTED_FAILURES: dict[str, Entry] = {}
+
+# Regular expression on the reason that the test gives -> why it does not concern us.
+SELF_SKIPS: dict[str, str] = {
+    r"is not in `self.pipeline_model_mapping`": "pipeline of another kind of model",
+    r"`run_pipeline_test` is currently not implemented": "pipeline of another kind of model",
+    r"test requires (Timm|PyTesseract|av)$": "pipeline of another kind of model",
+    r"test requires (multiple )?(an )?accelerator|test requires MPS": "needs an accelerator",
+    r"[Tt]est requires (the )?(Flash Attention|kernels|deepspeed|torchao)": "needs a package for accelerators",
+    r"Need at least \d+ FSDP workers": "needs more processor cores",
+    r"Not a prioritized model for now": "transformers 5.18 to 5.22 run it only for files with its copyright line",
+    r"test is slow": "marked slow by transformers",
+    r"[Nn]ot (a )?composite|No subconfigs so|composite model": "models made of several models",
+    r"sequence-to-sequence language modeling head": "encoder-decoder models",
+    r"no sparse experts|[Nn]ot an MoE model|does not support grouped_mm": "mixture-of-experts models",
+    r"`output_router_logits` in its config": "mixture-of-experts models",
+    r"expert.parallel plan": "mixture-of-experts models",
+    r"No conversion found": "checkpoints that are renamed on load",
+    r"_keep_in_fp32_modules": "models that keep modules in fp32",
+    r"does not have position embeddings": "models with learned positions",
+    r"does not have partial rope|no axial RoPE": "other kinds of rotary embedding",
+    r"does not support sliding window": "models with a sliding window",
+    r"does not support SDPA$": "models made of several models",
+    r"does not support output_attentions": "sdpa returns no attention weights",
+    r"Feature chunking": "models with feed-forward chunking",
+}
+
+
+def mode_of(test_class: str) -> str:
+    """`MoRTokenChoiceTest` -> `token_choice`; `VanillaTest` -> `vanilla`."""
+    name = test_class.removeprefix("MoR").removesuffix("Test")
+    return re.sub(r"(?<!^)(?=[A-Z])", "_", name).lower()
+
+
+def find(test_class: str, test: str, version: str) -> Entry | None:
+    """The entry for a test under the given transformers version, if the table has one."""
+    major_minor = tuple(int(part) for part in version.split(".")[:2])
+    for name, entry in EXPECTED_FAILURES.items():
+        named = test == name or re.fullmatch(re.escape(name) + r"_\d.*", test) is not None
+        concerned = not entry.modes or mode_of(test_class) in entry.modes
+        if named and concerned and (entry.below is None or major_minor < entry.below):
+            return entry
+    return None
+
+
+def self_skip(reason: str) -> str | None:
+    """Why a test that skipped itself with this reason does not concern us, None if the table does not know it."""
+    return next((why for pattern, why in SELF_SKIPS.items() if re.search(pattern, reason)), None)
