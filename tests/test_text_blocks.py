@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 
-from varidepth.training.text_blocks import load_documents, load_text_blocks, split_documents, token_blocks
+from varidepth.training.text_blocks import load_documents, split_documents, token_blocks
 
 
 class Characters:
@@ -55,12 +55,6 @@ def test_blocks_keep_the_stream():
     assert len(blocks) == 2 and blocks.num_tokens == 10
     item = blocks[1]
     assert torch.equal(item["input_ids"], item["labels"])
-
-
-def test_load_text_blocks_shares_no_document():
-    split = load_text_blocks(DOCUMENTS, Characters(), length=16, held_out=0.25)
-    assert len(split.train) > len(split.held_out) > 0
-    assert load_text_blocks(None, Characters(), length=256).source == "the pydoc topics"
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,8 @@
-"""Text to token blocks of equal length, split by document into a part to train on and a part held out."""
+"""Text to train on: documents of a source, their split into a training and a held-out part, blocks of tokens.
+
+train, held_out = split_documents(load_documents("book.txt"))
+blocks = token_blocks(train, tokenizer, length=256)
+"""
 
 from __future__ import annotations
 
@@ -6,7 +10,6 @@ import json
 import random
 import re
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -35,15 +38,6 @@ class TokenBlocks(Dataset):
     @property
     def num_tokens(self) -> int:
         return self.blocks.numel()
-
-
-@dataclass(frozen=True)
-class TextSplit:
-    """What `load_text_blocks` returns: two sets of blocks without a document in common, and where they come from."""
-
-    train: TokenBlocks
-    held_out: TokenBlocks
-    source: str
 
 
 def load_documents(source: str | Path | Sequence[str] | None = None, *, text_column: str = "text") -> list[str]:
@@ -185,18 +179,3 @@ def token_blocks(documents: Sequence[str], tokenizer: Any, length: int) -> Token
             "give more text or a smaller length."
         )
     return TokenBlocks(torch.tensor(stream[: count * length], dtype=torch.long).view(count, length))
-
-
-def load_text_blocks(
-    source: str | Path | Sequence[str] | None,
-    tokenizer: Any,
-    *,
-    length: int = 256,
-    held_out: float = 0.1,
-    seed: int = 0,
-    text_column: str = "text",
-) -> TextSplit:
-    """Reads `source` (see `load_documents`), splits it by document and returns token blocks of both parts."""
-    train, rest = split_documents(load_documents(source, text_column=text_column), held_out=held_out, seed=seed)
-    name = "the pydoc topics" if source is None else str(source)[:200]
-    return TextSplit(token_blocks(train, tokenizer, length), token_blocks(rest, tokenizer, length), name)
