@@ -1,4 +1,4 @@
-"""What setup.cfg promises: every folder with code is in the package, and stems are unique as flat remote code needs."""
+"""What setup.cfg promises: all code is packaged, and file names are unique, as flat remote code needs."""
 
 import ast
 import configparser

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import nn
 
+
 Head = Callable[[torch.Tensor], torch.Tensor]
 
 

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch.utils.data import Dataset
 
+
 DOCUMENT_CHARACTERS = 4000  # least size of a document cut from a plain text file
 
 
