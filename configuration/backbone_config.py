@@ -7,6 +7,8 @@ by building the family's own configuration class; a key that neither the family 
 
 import dataclasses
 import difflib
+import os
+from pathlib import Path
 from typing import Any
 
 from huggingface_hub.dataclasses import strict
@@ -136,6 +138,18 @@ class BackboneConfig(PreTrainedConfig):
                 )
             setattr(self, name, [entries[first_use[layer]] for layer in physical_layers])
 
+    def save_pretrained(self, save_directory: str | os.PathLike, **kwargs: Any) -> None:
+        """As in transformers; drops an `auto_map` whose code files do not lie in the folder."""
+        auto_map = getattr(self, "auto_map", None)
+        if auto_map and not all(
+            Path(save_directory, f"{reference.split('--')[-1].split('.')[0]}.py").is_file()
+            for reference in auto_map.values()
+        ):
+            self.auto_map = {}
+        super().save_pretrained(save_directory, **kwargs)
+        if auto_map:
+            self.auto_map = auto_map
+
     @property
     def base_model_tp_plan(self) -> dict[str, Any] | None:
         """The family's tensor-parallel plan: the parameter names are the family's."""
@@ -161,4 +175,3 @@ def first_uses(physical_layers: list[int]) -> dict[int, int]:
     for unrolled, layer in enumerate(physical_layers):
         uses.setdefault(layer, unrolled)
     return uses
-

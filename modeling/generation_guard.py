@@ -1,0 +1,39 @@
+"""What `generate` cannot do exactly with a routed model, refused before the first step."""
+
+from typing import Any
+
+import torch
+from transformers import GenerationConfig
+
+
+class RoutedGenerationGuard:
+    """Mixed into `XForCausalLM` of a routed architecture. Everything else in `generate` is transformers' own."""
+
+    def _prepare_cache_for_generation(self, generation_config: GenerationConfig, *args: Any, **kwargs: Any) -> Any:
+        if getattr(self.config, "inference_rule", None) == "topk" and self.config.routing != "none":
+            raise ValueError(
+                "inference_rule is 'topk', which looks at future tokens and exists for measuring only; set "
+                "`model.config.inference_rule` to 'threshold' to generate."
+            )
+        if generation_config.cache_implementation == "quantized":
+            raise ValueError(
+                "cache_implementation is 'quantized', which cannot hold rows of unequal length; use the default cache or "
+                "'static'."
+            )
+        if generation_config.assistant_early_exit is not None:
+            raise ValueError(
+                f"assistant_early_exit is {generation_config.assistant_early_exit}, but early exit by layer would cut a "
+                "recursion short; pass a smaller model as `assistant_model`, or use `prompt_lookup_num_tokens`."
+            )
+        return super()._prepare_cache_for_generation(generation_config, *args, **kwargs)
+
+    def init_continuous_batching(self, *args: Any, **kwargs: Any) -> Any:
+        raise NotImplementedError(
+            "continuous batching (`generate_batch`) stores every token in every layer and finds its pages by layer, which "
+            "is wrong for shared and routed layers; use `generate` on a padded batch."
+        )
+
+    @staticmethod
+    def create_masks_for_generate(attention_mask: torch.Tensor | None = None, **kwargs: Any) -> torch.Tensor | None:
+        """Leaves the 2D mask as it is: routed layers need it to tell pads."""
+        return attention_mask

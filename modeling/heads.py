@@ -1,0 +1,183 @@
+"""Heads and outputs that the routed architectures share."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from transformers.cache_utils import Cache
+from transformers.modeling_outputs import (
+    BaseModelOutputWithPast,
+    CausalLMOutputWithPast,
+    SequenceClassifierOutputWithPast,
+)
+from transformers.utils import can_return_tuple
+
+from .decoder_backbone import family_of
+from .router_loss import attach_loss_hooks
+
+
+@dataclass
+class RoutedModelOutputWithPast(BaseModelOutputWithPast):
+    """
+    Args:
+        aux_loss (`torch.FloatTensor` of shape `(1,)`, *optional*):
+            Weighted router losses of a training pass, as they are added to the loss.
+        token_depth (`torch.LongTensor` of shape `(batch, seq_len)`, *optional*, with `output_routing=True`):
+            Number of block applications that each token entered; 0 at pads.
+        router_logits (`torch.FloatTensor` of shape `(batch, seq_len, logits)`, *optional*, likewise):
+            Router outputs, router by router; NaN where the token was no candidate.
+    """
+
+    aux_loss: torch.FloatTensor | None = None
+    token_depth: torch.LongTensor | None = None
+    router_logits: torch.FloatTensor | None = None
+
+
+@dataclass
+class RoutedCausalLMOutputWithPast(CausalLMOutputWithPast):
+    """A causal language model's output with the fields of `RoutedModelOutputWithPast`."""
+
+    aux_loss: torch.FloatTensor | None = None
+    token_depth: torch.LongTensor | None = None
+    router_logits: torch.FloatTensor | None = None
+
+
+@dataclass
+class RoutedSequenceClassifierOutputWithPast(SequenceClassifierOutputWithPast):
+    """A classifier's output with the fields of `RoutedModelOutputWithPast`."""
+
+    aux_loss: torch.FloatTensor | None = None
+    token_depth: torch.LongTensor | None = None
+    router_logits: torch.FloatTensor | None = None
+
+
+_ROUTING_FIELDS = ("past_key_values", "hidden_states", "attentions", "aux_loss", "token_depth", "router_logits")
+
+
+def _routing_fields(outputs: RoutedModelOutputWithPast) -> dict[str, Any]:
+    return {name: getattr(outputs, name) for name in _ROUTING_FIELDS}
+
+
+class CausalLMHead:
+    """Language model head over a routed `self.model`; mixed into `XForCausalLM`."""
+
+    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
+    _tp_plan = {"lm_head": "colwise_gather_output"}
+    _fsdp_plan = {"lm_head": "keep_full_weight"}
+
+    def _build_head(self, model: nn.Module) -> None:
+        config = self.config
+        self.model = model
+        self.vocab_size = config.vocab_size
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        attach_loss_hooks(self, model.router_loss_scale)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        labels: torch.LongTensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | torch.Tensor = 0,
+        output_routing: bool = False,
+        **kwargs: Any,
+    ) -> RoutedCausalLMOutputWithPast:
+        """As in every causal language model of transformers, and:
+
+        Args:
+            output_routing (`bool`, *optional*): return `token_depth` and `router_logits`.
+        """
+        outputs = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            output_routing=output_routing,
+            adds_router_loss=labels is not None,
+            **kwargs,
+        )
+        hidden_states = outputs.last_hidden_state
+        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        logits = self.lm_head(hidden_states[:, kept, :])
+        finish_logits = family_of(self.config).finish_logits
+        if finish_logits is not None:
+            logits = finish_logits(self.config, logits)
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
+            if outputs.aux_loss is not None:
+                loss = loss + outputs.aux_loss.to(loss.device)
+        return RoutedCausalLMOutputWithPast(loss=loss, logits=logits, **_routing_fields(outputs))
+
+
+class SequenceClassificationHead:
+    """Classification head over a routed `self.model`, on the last token that is not padding."""
+
+    def _build_head(self, model: nn.Module) -> None:
+        self.model = model
+        self.num_labels = self.config.num_labels
+        self.score = nn.Linear(self.config.hidden_size, self.num_labels, bias=False)
+        attach_loss_hooks(self, model.router_loss_scale)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        labels: torch.LongTensor | None = None,
+        use_cache: bool | None = None,
+        **kwargs: Any,
+    ) -> RoutedSequenceClassifierOutputWithPast:
+        """As in every sequence classifier of transformers; `labels` has shape `(batch,)` or `(batch, num_labels)`.
+
+        Raises:
+            ValueError: for a batch of several rows without a way to tell their last tokens.
+        """
+        outputs = self.model(
+            input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            adds_router_loss=labels is not None,
+            **kwargs,
+        )
+        logits = self.score(outputs.last_hidden_state)
+        last = self._last_tokens(input_ids, attention_mask, logits)
+        pooled_logits = logits[torch.arange(logits.shape[0], device=logits.device), last]
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(logits=logits, labels=labels, pooled_logits=pooled_logits, config=self.config)
+            if outputs.aux_loss is not None:
+                loss = loss + outputs.aux_loss.to(loss.device)
+        return RoutedSequenceClassifierOutputWithPast(loss=loss, logits=pooled_logits, **_routing_fields(outputs))
+
+    def _last_tokens(
+        self, input_ids: torch.Tensor | None, attention_mask: torch.Tensor | None, logits: torch.Tensor
+    ) -> torch.Tensor | int:
+        if input_ids is not None and self.config.pad_token_id is not None:
+            present = input_ids != self.config.pad_token_id
+        elif attention_mask is not None and attention_mask.ndim == 2:
+            present = attention_mask[:, -logits.shape[1] :].bool()
+        elif input_ids is not None and logits.shape[0] > 1:
+            raise ValueError(
+                f"the batch has {logits.shape[0]} rows, but neither `config.pad_token_id` nor a 2D `attention_mask` tells "
+                "where they end; give one of them."
+            )
+        else:
+            return -1
+        positions = torch.arange(logits.shape[1], device=logits.device)
+        return (positions * present.to(logits.device)).argmax(dim=-1)
