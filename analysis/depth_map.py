@@ -162,8 +162,7 @@ def lines_of(tokens: Sequence[MappedToken]) -> list[list[MappedToken]]:
     """
     lines: list[list[MappedToken]] = [[]]
     for token in tokens:
-        # carriage returns in front of newlines belong to them
-        *ended, rest = visible(token.text.replace("\r\n", "\n")).split("\n")
+        *ended, rest = visible(token.text).split("\n")
         for part in ended:
             lines[-1].append(
                 MappedToken(part + "\N{DOWNWARDS ARROW WITH CORNER LEFTWARDS}", token.depth, token.special)
@@ -174,9 +173,75 @@ def lines_of(tokens: Sequence[MappedToken]) -> list[list[MappedToken]]:
     return lines if lines[-1] or len(lines) == 1 else lines[:-1]
 
 
-def is_right_to_left(text: str) -> bool:
-    """Whether `text` has a character that is written from right to left."""
-    return any(unicodedata.bidirectional(char) in ("R", "AL", "AN") for char in text)
+def wrapped(line: list[MappedToken], width: int) -> list[list[MappedToken]]:
+    """Breaks a line between tokens, at spaces where it can, so that no row is wider than `width` cells.
+
+    A token that is wider than a row is cut.
+    """
+    rows: list[list[MappedToken]] = [[]]
+    used = 0
+    for token in line:
+        text = token.text.replace("\t", "    ")
+        # a character takes at most two cells
+        step = max(len(text), 1) if cell_width(text) <= width else max(width // 2, 1)
+        for start in range(0, max(len(text), 1), step):
+            piece = MappedToken(text[start : start + step], token.depth, token.special)
+            size = cell_width(piece.text)
+            if rows[-1] and used + size > width:
+                rows.append(_end_of_word(rows[-1], piece, width // 3))
+                used = sum(cell_width(one.text) for one in rows[-1])
+            rows[-1].append(piece)
+            used += size
+    return rows
+
+
+def _end_of_word(row: list[MappedToken], following: MappedToken, most: int) -> list[MappedToken]:
+    """Takes the beginning of a word, of at most `most` cells, off the end of `row` if `following` goes on with it."""
+    moved = cell_width(following.text)
+    if following.text[:1].isspace():
+        return []
+    for start in range(len(row) - 1, 0, -1):
+        moved += cell_width(row[start].text)
+        if moved > most:
+            break
+        if row[start].text[:1].isspace():
+            taken = row[start:]
+            del row[start:]
+            return taken
+    return []
+
+
+def direction(text: str) -> str:
+    """`R` for text written from right to left, `L` from left to right, by its first character that says; else ``."""
+    for char in text:
+        kind = unicodedata.bidirectional(char)
+        if kind in ("R", "AL", "AN"):
+            return "R"
+        if kind == "L":
+            return "L"
+    return ""
+
+
+def visual_order(row: list[MappedToken]) -> list[MappedToken]:
+    """The tokens of a row from left to right on the page; words keep their order within runs of one direction."""
+    kinds = [direction(token.text) for token in row]
+    base = next(filter(None, kinds), "L")
+    if "R" not in kinds:
+        return row
+    for i, kind in enumerate(kinds):
+        if not kind:
+            # what has no direction belongs to both neighbours if they agree, else to the row
+            before = kinds[i - 1] if i else base
+            after = next(filter(None, kinds[i + 1 :]), base)
+            kinds[i] = before if before == after else base
+    runs: list[list[MappedToken]] = []
+    for i, token in enumerate(row):
+        if not i or kinds[i] != kinds[i - 1]:
+            runs.append([])
+        runs[-1].append(token)
+        if i + 1 == len(row) or kinds[i + 1] != kinds[i]:
+            runs[-1] = runs[-1][::-1] if kinds[i] == "R" else runs[-1]
+    return [token for run in (runs[::-1] if base == "R" else runs) for token in run]
 
 
 def cell_width(text: str) -> int:
@@ -190,7 +255,7 @@ def cell_width(text: str) -> int:
 
 
 # from nearly nothing to full depth: light to dark in even steps of lightness, told apart by the colour-blind
-_RAMP = ((255, 246, 214), (253, 209, 122), (240, 143, 98), (203, 79, 110), (134, 45, 124), (58, 22, 97))
+_RAMP = ((255, 246, 214), (253, 209, 122), (240, 143, 98), (203, 79, 110), (138, 48, 130), (72, 32, 118))
 
 
 def depth_colour(depth: int, max_depth: int) -> tuple[int, int, int]:
@@ -203,10 +268,10 @@ def depth_colour(depth: int, max_depth: int) -> tuple[int, int, int]:
 
 
 def ink_colour(background: tuple[int, int, int]) -> tuple[int, int, int]:
-    """Black or white, whichever reads better on `background` (WCAG relative luminance)."""
+    """Black or white, whichever has more contrast with `background` (at least 4.5 to 1, WCAG 2 level AA)."""
     linear = [(c / 255 / 12.92 if c <= 10 else ((c / 255 + 0.055) / 1.055) ** 2.4) for c in background]
     luminance = 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
-    return (22, 20, 28) if luminance > 0.18 else (255, 255, 255)
+    return (0, 0, 0) if (luminance + 0.05) ** 2 > 1.05 * 0.05 else (255, 255, 255)
 
 
 def legend_depths(max_depth: int, most: int = 9) -> list[int]:

@@ -1,7 +1,6 @@
-"""Pictures of a `DepthMap`: terminal, HTML file, PNG file."""
+"""A `DepthMap` as text for a terminal and as an HTML page, and the way into a file."""
 
 import html
-import io
 import os
 import sys
 from pathlib import Path
@@ -12,11 +11,14 @@ from .depth_map import (
     MappedToken,
     cell_width,
     depth_colour,
+    direction,
     ink_colour,
-    is_right_to_left,
     legend_depths,
     lines_of,
+    wrapped,
 )
+from .depth_picture import render_png, summary
+
 
 DIGITS = "0123456789abcdefghijklmnopqrstuvwxyz"
 
@@ -38,22 +40,9 @@ def render_terminal(mapped: DepthMap, *, colour: bool | None = None, width: int 
         stream: where the text will go, standard output by default.
     """
     colour = wants_colour(stream or sys.stdout) if colour is None else colour
-    lines = [row for line in lines_of(mapped.tokens) for row in _wrapped(line, width)]
+    lines = [row for line in lines_of(mapped.tokens) for row in wrapped(line, width)]
     body = [_colour_line(line, mapped.max_depth) if colour else _plain_line(line) for line in lines]
     return "\n".join([*body, "", *_terminal_legend(mapped, colour)])
-
-
-def _wrapped(line: list[MappedToken], width: int) -> list[list[MappedToken]]:
-    rows: list[list[MappedToken]] = [[]]
-    used = 0
-    for token in line:
-        size = cell_width(token.text)
-        if rows[-1] and used + size > width:
-            rows.append([])
-            used = 0
-        rows[-1].append(token)
-        used += size
-    return rows
 
 
 def _paint(text: str, depth: int, max_depth: int) -> str:
@@ -73,7 +62,7 @@ def _digit(depth: int) -> str:
 
 def _plain_line(line: list[MappedToken]) -> str:
     """Two lines: the tokens, and under the first visible character of each its depth."""
-    if any(is_right_to_left(token.text) for token in line):
+    if any(direction(token.text) == "R" for token in line):
         # a terminal reorders such a line, so nothing can stand below it
         return " ".join(f"{token.text.strip() or repr(token.text)}/{_digit(token.depth)}" for token in line)
     text, marks = "", ""
@@ -87,12 +76,8 @@ def _plain_line(line: list[MappedToken]) -> str:
     return f"{text}\n{marks}".rstrip()
 
 
-def _summary(mapped: DepthMap) -> str:
-    return f"{len(mapped.tokens)} tokens, mean depth {mapped.mean_depth:.2f} of {mapped.max_depth}"
-
-
 def _terminal_legend(mapped: DepthMap, colour: bool) -> list[str]:
-    lines = [_summary(mapped)]
+    lines = [summary(mapped)]
     histogram, most = mapped.histogram, max(mapped.histogram)
     for depth in range(mapped.max_depth + 1):
         count = histogram[depth]
@@ -110,7 +95,7 @@ def _terminal_legend(mapped: DepthMap, colour: bool) -> list[str]:
 _STYLE = """
 :root { color-scheme: light dark; --page: #fcfbf9; --ink: #1b1920; --soft: #6b6775; --card: #ffffff; --line: #e4e0ea; }
 @media (prefers-color-scheme: dark) {
-  :root { --page: #141218; --ink: #eceaf0; --soft: #a29dad; --card: #1d1a23; --line: #37323f; }
+  :root { --page: #0e0d11; --ink: #eceaf0; --soft: #a29dad; --card: #151319; --line: #37323f; }
 }
 * { box-sizing: border-box; }
 body { margin: 0 auto; max-width: 60rem; padding: 2.5rem 1.25rem 4rem; background: var(--page); color: var(--ink);
@@ -128,7 +113,7 @@ td.bar i { display: block; height: .6rem; border-radius: .3rem; background: var(
 .text p { margin: 0; white-space: pre-wrap; min-height: 2em; }
 .text span { padding: .18em 0; border-radius: .2em; box-shadow: inset 1px 0 0 rgb(128 128 128 / .35);
   -webkit-box-decoration-break: clone; box-decoration-break: clone; position: relative; }
-.text span.special { font-style: italic; opacity: .8; }
+.text span.special { font-style: italic; }
 .text span:hover { outline: 2px solid var(--ink); z-index: 1; }
 .text span:hover::after { content: attr(data-tip); position: absolute; left: 0; bottom: calc(100% + .35em);
   padding: .1em .55em; border-radius: .35em; background: var(--ink); color: var(--page); font: .78rem/1.7 system-ui,
@@ -157,7 +142,7 @@ def render_html(mapped: DepthMap) -> str:
         f'<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         f'<meta name="viewport" content="width=device-width, initial-scale=1">\n<title>{title}</title>\n'
         f"<style>{_STYLE}{chr(10).join(css)}\n</style>\n</head>\n<body>\n<h1>{title}</h1>\n"
-        f'<p class="summary">{_summary(mapped)}</p>\n{_html_legend(mapped)}\n'
+        f'<p class="summary">{summary(mapped)}</p>\n{_html_legend(mapped)}\n'
         f'<main class="text">\n{chr(10).join(paragraphs)}\n</main>\n'
         "<footer>Depth is the number of passes through the shared layers that a token enters. Hover over a token to "
         "read its depth.</footer>\n</body>\n</html>\n"
@@ -184,125 +169,6 @@ def _html_legend(mapped: DepthMap) -> str:
             )
     head = "<tr><th>depth</th><th>tokens</th><th>share</th><th></th></tr>"
     return f"<table>\n{head}\n{chr(10).join(rows)}\n</table>"
-
-
-def render_png(mapped: DepthMap, *, width: int = 92, max_lines: int = 400, dpi: int = 144) -> bytes:
-    """The map as a PNG picture: the text on backgrounds coloured by depth, with a legend.
-
-    Args:
-        mapped: what to draw.
-        width (`int`): characters per line.
-        max_lines (`int`): a longer text is cut there and the picture says how much is missing.
-        dpi (`int`): dots per inch.
-
-    Raises:
-        ImportError: without matplotlib.
-    """
-    try:
-        from matplotlib import font_manager
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-        from matplotlib.patches import FancyBboxPatch, Rectangle
-    except ImportError as error:
-        raise ImportError(
-            "A PNG picture needs matplotlib; install it with `pip install varidepth[plot]`, or write an .html file."
-        ) from error
-    import logging
-    import warnings
-
-    installed = {font.name for font in font_manager.fontManager.ttflist}
-    mono = [name for name in _FONTS if name in installed]
-    cell, line_height, margin = 0.082, 0.235, 0.3
-    rows = [row for line in lines_of(mapped.tokens) for row in _wrapped(_split_long(line, width), width)]
-    shown, hidden = rows[:max_lines], sum(len(row) for row in rows[max_lines:])
-    named = [d for d, n in enumerate(mapped.histogram) if n or d in legend_depths(mapped.max_depth)]
-    header = 0.72 + 0.2 * len(named)
-    footer = line_height if hidden else 0.0
-    size = (2 * margin + cell * width, 2 * margin + header + line_height * len(shown) + footer)
-    figure = Figure(figsize=size, dpi=dpi, facecolor="#fcfbf9")
-    FigureCanvasAgg(figure)
-    axes = figure.add_axes((0, 0, 1, 1))
-    axes.set_xlim(0, size[0])
-    axes.set_ylim(size[1], 0)
-    axes.axis("off")
-    ink, soft = "#1b1920", "#6b6775"
-
-    def write(x: float, y: float, text: str, points: float, **style: Any) -> None:
-        # "$" would start a formula
-        axes.text(x, y, text.replace("$", r"\$"), fontsize=points, family=mono, va="center", **style)
-
-    write(margin, margin + 0.05, mapped.title or "Depth per token", 11, color=ink, weight="bold")
-    write(margin, margin + 0.3, _summary(mapped), 8.5, color=soft)
-    most = max(mapped.histogram)
-    for number, depth in enumerate(named):
-        y, count = margin + 0.56 + 0.2 * number, mapped.histogram[depth]
-        background = depth_colour(depth, mapped.max_depth)
-        box = FancyBboxPatch((margin + 0.03, y - 0.065), 0.26, 0.13, boxstyle="round,pad=0.02")
-        box.set(facecolor=_unit(background), edgecolor="none")
-        axes.add_patch(box)
-        write(margin + 0.16, y, str(depth), 7.5, color=_unit(ink_colour(background)), ha="center")
-        write(margin + 1.05, y, f"{100 * count / len(mapped.tokens):.1f} %", 7.5, color=soft, ha="right")
-        axes.add_patch(Rectangle((margin + 1.15, y - 0.035), 2.4 * count / most, 0.07, facecolor=soft))
-    top = margin + header
-    for number, row in enumerate(shown):
-        y = top + line_height * (number + 0.5)
-        right = any(is_right_to_left(token.text) for token in row)
-        x = margin + (cell * width if right else 0)
-        for token in row:
-            space = cell * cell_width(token.text)
-            if not space:
-                continue
-            x -= space if right else 0
-            background = depth_colour(token.depth, mapped.max_depth)
-            patch = Rectangle((x + 0.006, y - 0.098), space - 0.012, 0.196)
-            patch.set(facecolor=_unit(background), edgecolor="none")
-            axes.add_patch(patch)
-            # monospaced characters: each group of one font stands on its own cells
-            colour, style = _unit(ink_colour(background)), "italic" if token.special else "normal"
-            write(x, y, token.text, 9.3, color=colour, style=style)
-            x += 0 if right else space
-    if hidden:
-        write(margin, top + line_height * (len(shown) + 0.5), f"... {hidden} more tokens", 8.5, color=soft)
-    buffer = io.BytesIO()
-    with warnings.catch_warnings():
-        # a character that no installed font has is drawn as a box
-        warnings.filterwarnings("ignore", message=".*[Gg]lyph")
-        level = logging.getLogger("matplotlib").level
-        logging.getLogger("matplotlib").setLevel(logging.ERROR)
-        try:
-            figure.savefig(buffer, format="png", metadata={"Software": "varidepth"})
-        finally:
-            logging.getLogger("matplotlib").setLevel(level)
-    return buffer.getvalue()
-
-
-_FONTS = (
-    "DejaVu Sans Mono",
-    "Noto Sans Mono CJK SC",
-    "Noto Sans Mono CJK JP",
-    "Noto Sans Arabic",
-    "Noto Sans Hebrew",
-    "Noto Sans Devanagari",
-    "DejaVu Sans",
-    "Arial Unicode MS",
-    "Segoe UI Symbol",
-)
-
-
-def _unit(colour: tuple[int, int, int]) -> tuple[float, float, float]:
-    red, green, blue = colour
-    return red / 255, green / 255, blue / 255
-
-
-def _split_long(line: list[MappedToken], width: int) -> list[MappedToken]:
-    """Cuts tokens that are wider than a line."""
-    pieces = []
-    for token in line:
-        text = token.text.replace("\t", "    ")
-        for start in range(0, max(len(text), 1), width // 2 if cell_width(text) > width else max(len(text), 1)):
-            step = width // 2 if cell_width(text) > width else len(text)
-            pieces.append(MappedToken(text[start : start + step], token.depth, token.special))
-    return pieces
 
 
 def write_depth_map(mapped: DepthMap, path: str | os.PathLike[str]) -> Path:

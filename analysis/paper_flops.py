@@ -9,6 +9,7 @@ from typing import Any
 
 from .cost import expected_shares, is_recursive
 
+
 PAPER_SEQUENCE_LENGTH = 2048
 PAPER_TOKENS_PER_STEP = 1024 * 2048
 
