@@ -1,0 +1,84 @@
+"""`varidepth convert SOURCE -o OUT --to mor ...`"""
+
+import argparse
+import types
+from typing import Any, get_args, get_origin
+
+from ..conversion.convert import convert
+from ..conversion.layer_maps import INITIALISATIONS
+from ..conversion.recipe import ARCHITECTURES, DTYPES, MOR_FIELDS, ROUTER_INITS, shipped_recipes
+
+
+_ALIASES = {"num_recursions": ["--recursions"]}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The flags are the fields of a recipe; a flag goes before the recipe file."""
+    parser.add_argument("source", nargs="?", help="folder, GGUF file or Hub id (or `source` in the recipe)")
+    parser.add_argument("-o", "--output", help="folder to make")
+    parser.add_argument("--recipe", help=f"YAML file, or a shipped recipe: {', '.join(shipped_recipes())}")
+    parser.add_argument("--to", choices=ARCHITECTURES, help="architecture (default: mor)")
+    parser.add_argument("--init", choices=INITIALISATIONS, help="how shared layers are made (default: stepwise)")
+    parser.add_argument("--router-init", choices=ROUTER_INITS, help="`on`: start at full depth (default)")
+    parser.add_argument("--dtype", choices=DTYPES, help="type of the weights (default: that of the source)")
+    parser.add_argument("--seed", type=int, help="of everything random (default: 0)")
+    parser.add_argument(
+        "--drop-layers", action="store_true", default=None, help="drop layers where the depth does not divide"
+    )
+    parser.add_argument("--max-shard-size", help="largest weight file, such as 5GB (default)")
+    parser.add_argument("--base-model", help="Hub id of the source for the model card")
+    parser.add_argument("--revision", help="branch, tag or commit of a Hub source")
+    parser.add_argument("--dry-run", action="store_true", help="print the plan and write nothing")
+    parser.add_argument("--overwrite", action="store_true", help="replace a checkpoint in the output folder")
+    parser.add_argument("--quiet", action="store_true", help="print neither plan nor progress")
+    group = parser.add_argument_group("fields of MoRConfig")
+    for field, kind in MOR_FIELDS.items():
+        flags = _ALIASES.get(field, []) + [f"--{field.replace('_', '-')}"]
+        group.add_argument(*flags, dest=field, default=None, **_value_options(kind))
+
+
+def run(args: argparse.Namespace) -> None:
+    """Converts as the flags say."""
+    if args.quiet:
+        _silence()
+    fields = {
+        name: value
+        for name, value in vars(args).items()
+        if value is not None
+        and name not in ("command", "version", "debug", "source", "output", "recipe", "revision")
+        and name not in ("dry_run", "overwrite", "quiet")
+    }
+    convert(
+        args.source,
+        args.output,
+        args.recipe,
+        revision=args.revision,
+        dry_run=args.dry_run,
+        overwrite=args.overwrite,
+        quiet=args.quiet and not args.dry_run,
+        **fields,
+    )
+
+
+def _value_options(kind: Any) -> dict[str, Any]:
+    """Argparse options for an annotated field: `bool`, `int`, `float | int`, `list[float | int] | None`, `str` ..."""
+    kinds = [k for k in _members(kind) if k is not type(None)]
+    if get_origin(kinds[0]) is list:
+        return {"nargs": "+", "type": float, "metavar": "NUMBER"}
+    if kinds == [bool]:
+        return {"action": argparse.BooleanOptionalAction}
+    if float in kinds:
+        return {"type": float, "metavar": "NUMBER"}
+    return {"type": kinds[0], "metavar": "INTEGER" if kinds[0] is int else "NAME"}
+
+
+def _members(kind: Any) -> tuple[Any, ...]:
+    return get_args(kind) if isinstance(kind, types.UnionType) else (kind,)
+
+
+def _silence() -> None:
+    from huggingface_hub.utils import disable_progress_bars
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    disable_progress_bars()

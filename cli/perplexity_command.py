@@ -1,0 +1,64 @@
+"""`varidepth perplexity CHECKPOINT FILE`: held-out loss in nats per token and per byte."""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+from ..analysis.perplexity import held_out_loss
+from ..training.text_blocks import load_documents
+from .checkpoint_loading import DTYPES, load_checkpoint
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Checkpoint, text and window."""
+    parser.add_argument("checkpoint", help="folder or Hub id of a MoR, or of a vanilla model of a supported family")
+    parser.add_argument("file", help="text file, .jsonl file, or folder of .txt files that the model has not seen")
+    parser.add_argument("--window", type=int, default=512, help="tokens per window (default: 512)")
+    parser.add_argument("--batch-size", type=int, default=4, help="windows per forward pass (default: 4)")
+    parser.add_argument("--max-tokens", type=int, help="stop once this many tokens were predicted")
+    parser.add_argument("--text-column", default="text", help="key of the text in a .jsonl file (default: text)")
+    parser.add_argument("--revision", help="branch, tag or commit of a Hub source")
+    parser.add_argument("--dtype", choices=DTYPES, help="type to compute in (default: float32 on a CPU)")
+    parser.add_argument("--json", action="store_true", help="print JSON")
+    parser.add_argument("--quiet", action="store_true", help="no progress bar")
+
+
+def run(args: argparse.Namespace) -> None:
+    """Prints the loss.
+
+    Raises:
+        ValueError: for a text that is missing or empty, or a checkpoint that cannot be read.
+    """
+    if not Path(args.file).exists():
+        raise ValueError(f"The text {args.file!r} does not exist; give a text file or a folder of .txt files.")
+    documents = load_documents(args.file, text_column=args.text_column)
+    model, tokenizer = load_checkpoint(args.checkpoint, revision=args.revision, dtype=args.dtype)
+    loss = held_out_loss(
+        model,
+        tokenizer,
+        documents,
+        window=args.window,
+        batch_size=args.batch_size,
+        max_tokens=args.max_tokens,
+        progress=not args.quiet and sys.stderr.isatty(),
+    )
+    figures = {
+        "nats_per_token": loss.nats_per_token,
+        "nats_per_byte": loss.nats_per_byte,
+        "perplexity": loss.perplexity,
+        "tokens": loss.tokens,
+        "bytes": loss.bytes,
+        "documents": loss.documents,
+        "window": args.window,
+    }
+    if args.json:
+        print(json.dumps(figures, indent=2))
+        return
+    print(f"loss        {loss.nats_per_token:.4f} nats per token, {loss.nats_per_byte:.4f} nats per byte")
+    print(f"perplexity  {loss.perplexity:.2f} per token")
+    print(
+        f"text        {loss.tokens} tokens, {loss.bytes} bytes, {loss.documents} documents, windows of {args.window}"
+    )
+    if getattr(model.config, "inference_rule", None) == "topk" and model.config.routing == "expert_choice":
+        print("note        inference_rule is 'topk', which looks at future tokens: no causal model reaches this loss")

@@ -1,0 +1,314 @@
+"""Finding and checking what is converted: a local folder, a Hub id, or a GGUF file."""
+
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import ModelCard, snapshot_download
+from huggingface_hub.errors import (
+    GatedRepoError,
+    HFValidationError,
+    LocalEntryNotFoundError,
+    OfflineModeIsEnabled,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.configuration_utils import PreTrainedConfig
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+from ..configuration.backbone_config import BACKBONES
+from .errors import ConversionError
+from .tensor_source import TensorSource, open_weights, read_json
+
+
+TOKENIZER_FILES = (
+    "added_tokens.json",
+    "chat_template.jinja",
+    "chat_template.json",
+    "merges.txt",
+    "special_tokens_map.json",
+    "spiece.model",
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "vocab.json",
+    "vocab.txt",
+)
+_OTHER_PATTERNS = ["*.json", "*.jinja", "merges.txt", "vocab.txt", "*.model", "README.md"]
+_BUFFERS = re.compile(r"(^|\.)rotary_emb\.inv_freq$")
+
+
+@dataclass
+class SourceCheckpoint:
+    """What a conversion starts from.
+
+    Attributes:
+        folder: where the files are.
+        name: how to call it: the Hub id, or the name of the folder or file.
+        config: the configuration as transformers reads it.
+        weights: the tensors.
+        base_model: Hub id, if known.
+        license: license in the source's model card, if it has one.
+        gguf: the GGUF file the weights come from.
+        tokenizer: a tokenizer that no file holds (GGUF).
+    """
+
+    folder: Path
+    name: str
+    config: PreTrainedConfig
+    weights: TensorSource
+    base_model: str | None = None
+    license: str | None = None
+    gguf: Path | None = None
+    tokenizer: Any = None
+    raw_config: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def companions(self) -> list[Path]:
+        """Tokenizer files, which are copied as they are."""
+        if self.gguf is not None:
+            return []
+        return [self.folder / name for name in TOKENIZER_FILES if (self.folder / name).is_file()]
+
+
+def open_source(
+    source: str | Path, *, revision: str | None = None, allowed: tuple[str, ...] = BACKBONES
+) -> SourceCheckpoint:
+    """Opens a checkpoint folder, a GGUF file or a Hub repository.
+
+    Args:
+        source (`str` or `Path`): a folder, a file ending in .gguf, or a Hub id such as "org/name".
+        revision (`str`, *optional*): branch, tag or commit of a Hub repository.
+        allowed (`tuple[str, ...]`): model types that may be opened.
+
+    Raises:
+        ConversionError: if it cannot be found or read, or is of another model type.
+    """
+    path = Path(source)
+    hub_id = None
+    if not path.exists():
+        path, hub_id = _download(str(source), revision), str(source)
+    elif revision is not None:
+        raise ConversionError(f"`revision` is {revision!r}, but {path.name} is local; leave the revision out.")
+    name = hub_id or path.resolve().name
+    if path.is_file():
+        return _open_gguf(path, name, hub_id, allowed)
+    weights = open_weights(path)
+    if weights is None:
+        ggufs = sorted(path.glob("*.gguf"))
+        if len(ggufs) == 1:
+            return _open_gguf(ggufs[0], name, hub_id, allowed)
+        found = f"{len(ggufs)} GGUF files; give the path of one of them" if ggufs else "no weights; " + _LAYOUTS
+        raise ConversionError(f"The source {name} holds {found}.")
+    raw = read_json(path / "config.json")
+    config = _read_config(raw, allowed)
+    return SourceCheckpoint(path, name, config, weights, hub_id, _license_of(path), raw_config=raw)
+
+
+_LAYOUTS = "a checkpoint holds model.safetensors, pytorch_model.bin, an index with shards, or one GGUF file"
+
+
+def _download(source: str, revision: str | None) -> Path:
+    """Fetches a Hub snapshot: safetensors if there are any, else PyTorch weights."""
+    if source.endswith(".gguf") or source.startswith((".", "/", "~")) or source.count("/") > 1 or "\\" in source:
+        raise ConversionError(f"The source {source!r} does not exist; give a folder, a GGUF file or a Hub id.")
+    try:
+        folder = Path(snapshot_download(source, revision=revision, allow_patterns=_OTHER_PATTERNS + ["*.safetensors"]))
+        if not any(folder.glob("*.safetensors")):
+            snapshot_download(source, revision=revision, allow_patterns=["pytorch_model*.bin"])
+        return folder
+    except HFValidationError as error:
+        raise ConversionError(
+            f"The source {source!r} is neither an existing path nor a Hub id; give a folder, a GGUF file or a Hub id."
+        ) from error
+    except GatedRepoError as error:
+        raise ConversionError(
+            f"The Hub repository {source!r} is gated; accept its terms on its page and log in with `hf auth login`."
+        ) from error
+    except (RepositoryNotFoundError, RevisionNotFoundError) as error:
+        what = f"revision {revision!r} of {source!r}" if revision else repr(source)
+        raise ConversionError(
+            f"There is no folder {source!r} here, and the Hub has no repository {what} that you may read; check the "
+            "name, or log in with `hf auth login`."
+        ) from error
+    except (LocalEntryNotFoundError, OfflineModeIsEnabled, OSError) as error:
+        raise ConversionError(
+            f"There is no folder {source!r} here, and the Hub cannot be reached to look for it; give a local folder "
+            "or go online."
+        ) from error
+
+
+def _read_config(raw: Mapping[str, Any], allowed: tuple[str, ...]) -> PreTrainedConfig:
+    model_type = raw.get("model_type")
+    if model_type is None:
+        raise ConversionError("config.json has no `model_type`; give a checkpoint in the Hugging Face format.")
+    if model_type == "mor" and "mor" not in allowed:
+        raise ConversionError(
+            "The source is a MoR already; convert its vanilla source, or `varidepth unroll` it first."
+        )
+    if model_type not in allowed:
+        raise ConversionError(
+            f"The source is a {model_type!r} model, but only these can be read here: {', '.join(allowed)}."
+        )
+    if raw.get("quantization_config") is not None:
+        method = raw["quantization_config"].get("quant_method", "unknown")
+        raise ConversionError(f"The source is quantized ({method}); convert the unquantized checkpoint instead.")
+    try:
+        return CONFIG_MAPPING[model_type].from_dict(dict(raw))
+    except Exception as error:  # the config classes raise a dozen types, some multi-line
+        raise ConversionError(f"config.json is no valid {model_type} configuration: {_one_line(error)}.") from error
+
+
+def _open_gguf(path: Path, name: str, hub_id: str | None, allowed: tuple[str, ...]) -> SourceCheckpoint:
+    """Reads a GGUF file as transformers does: all of it, dequantized to float32, in memory."""
+    if path.suffix != ".gguf":
+        raise ConversionError(f"The source {name} is a file, but only .gguf files can be read; give the folder.")
+    with open(path, "rb") as file:
+        if file.read(4) != b"GGUF":
+            raise ConversionError(f"The file {path.name} is no GGUF file (it does not start with 'GGUF').")
+    try:
+        import gguf  # noqa: F401  transformers' own message names the wrong remedy for the tokenizer
+    except ImportError as error:
+        raise ConversionError("Reading GGUF files needs the `gguf` package; pip install gguf.") from error
+    try:
+        model = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32)
+        tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+    except Exception as error:  # struct, value, key and index errors of three libraries
+        raise ConversionError(
+            f"The GGUF file {path.name} cannot be read by transformers ({_one_line(error)}): it is damaged or of an "
+            "unsupported architecture; download it again or use the safetensors checkpoint."
+        ) from error
+    if model.config.model_type not in allowed:
+        raise ConversionError(
+            f"The source is a {model.config.model_type!r} model, but only these can be read here: "
+            f"{', '.join(allowed)}."
+        )
+    # the loaded config says "quantized", which is no longer true
+    raw = {key: value for key, value in model.config.to_dict().items() if key not in _GGUF_TRACES}
+    config = CONFIG_MAPPING[raw["model_type"]].from_dict(raw)
+    tensors = dict(model.state_dict())
+    if config.tie_word_embeddings:
+        tensors.pop("lm_head.weight", None)
+    return SourceCheckpoint(
+        path.parent, name, config, TensorSource(tensors), hub_id, _license_of(path.parent), path, tokenizer, raw
+    )
+
+
+_GGUF_TRACES = ("quantization_config", "_pre_quantization_dtype", "auto_map", "_name_or_path")
+
+
+def vanilla_weights(source: SourceCheckpoint) -> tuple[TensorSource, dict[str, tuple[int, ...]]]:
+    """The weights under the names of the family's `ForCausalLM`, and the shapes that model expects.
+
+    Raises:
+        ConversionError: if a tensor is missing, unknown or of another shape than the configuration says, or a tied
+            head differs from the embedding.
+    """
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(source.config)
+    tied = bool(source.config.tie_word_embeddings)
+    expected = {name: tuple(t.shape) for name, t in model.state_dict().items()}
+    names = {name: name for name in source.weights.infos if not _BUFFERS.search(name)}
+    if names and not any(name.startswith("model.") for name in names):  # saved from the bare model
+        names = {name: name if name in expected else f"model.{name}" for name in names}
+    weights = source.weights.rename(names)
+    if tied:
+        expected.pop("lm_head.weight", None)
+        if "lm_head.weight" in weights.infos and "model.embed_tokens.weight" in weights.infos:
+            if not weights.equal("lm_head.weight", "model.embed_tokens.weight"):
+                raise ConversionError(
+                    "config.json ties the head to the embedding, but the two differ in the weights; set "
+                    "`tie_word_embeddings` to what is true."
+                )
+            weights = weights.rename({name: name for name in weights.infos if name != "lm_head.weight"})
+    check_tensors(weights, expected)
+    return weights, expected
+
+
+def check_tensors(weights: TensorSource, expected: Mapping[str, tuple[int, ...]]) -> None:
+    """Compares names and shapes with what the model expects.
+
+    Raises:
+        ConversionError: at the first difference.
+    """
+    missing = [name for name in expected if name not in weights.infos]
+    unknown = [name for name in weights.infos if name not in expected]
+    if missing:
+        raise ConversionError(
+            f"The weights lack {missing[0]}{_and_more(missing)}; config.json describes a larger model, or the "
+            "checkpoint is incomplete."
+        )
+    if unknown:
+        raise ConversionError(
+            f"The weights hold {unknown[0]}{_and_more(unknown)}, which the model of config.json does not have; give a "
+            "plain checkpoint (merge adapters first)."
+        )
+    for name, shape in expected.items():
+        if weights.infos[name].shape != shape:
+            raise ConversionError(
+                f"The tensor {name} has shape {list(weights.infos[name].shape)}, but config.json says {list(shape)}; "
+                "one of the two is of another model."
+            )
+
+
+def check_tokenizer(source: SourceCheckpoint) -> None:
+    """Refuses a tokenizer with ids that the embedding lacks.
+
+    Raises:
+        ConversionError: if it has, or the tokenizer cannot be read.
+    """
+    if source.tokenizer is not None:
+        highest = max(source.tokenizer.get_vocab().values())
+    elif (source.folder / "tokenizer.json").is_file():
+        content = read_json(source.folder / "tokenizer.json")
+        vocabulary = (content.get("model") or {}).get("vocab") or {}
+        ids = list(vocabulary.values()) if isinstance(vocabulary, dict) else [len(vocabulary) - 1]
+        ids += [token["id"] for token in content.get("added_tokens") or []]
+        highest = max(ids, default=-1)
+    elif source.companions:
+        try:
+            highest = max(AutoTokenizer.from_pretrained(source.folder).get_vocab().values())
+        except Exception as error:  # every tokenizer class raises its own
+            raise ConversionError(f"The tokenizer of {source.name} cannot be read: {_one_line(error)}.") from error
+    else:
+        return
+    if highest >= source.config.vocab_size:
+        raise ConversionError(
+            f"The tokenizer has ids up to {highest}, but the embedding has {source.config.vocab_size} rows "
+            "(`vocab_size`); give the tokenizer that belongs to the weights."
+        )
+
+
+def _license_of(folder: Path) -> str | None:
+    """License in a model card; None without a readable one."""
+    try:
+        found = ModelCard.load(folder / "README.md").data.license
+    except Exception:  # a card is free text: a broken one is no reason to stop
+        return None
+    return found if isinstance(found, str) else None
+
+
+def generation_settings(source: SourceCheckpoint) -> dict[str, Any] | None:
+    """Content of generation_config.json without version stamps; None if the source has none."""
+    path = source.folder / "generation_config.json"
+    if source.gguf is not None or not path.is_file():
+        return None
+    return {
+        key: value
+        for key, value in read_json(path).items()
+        if key not in ("transformers_version", "_from_model_config")
+    }
+
+
+def _and_more(names: list[str]) -> str:
+    return f" and {len(names) - 1} more" if len(names) > 1 else ""
+
+
+def _one_line(error: BaseException) -> str:
+    text = " ".join(str(error).split()) or type(error).__name__
+    return json.loads(json.dumps(text[:300])).rstrip(". ")
