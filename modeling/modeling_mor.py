@@ -85,6 +85,12 @@ class RoutingTrace:
         if self.depth is not None:
             self.logits.append(logits.detach().masked_fill(~candidates.unsqueeze(-1), float("nan")))
 
+    def record_unasked(self, routers: int) -> None:
+        """Routers of one output that no token reached."""
+        if self.depth is not None:
+            shape = (*self.depth.shape, routers)
+            self.logits.append(torch.full(shape, float("nan"), device=self.depth.device))
+
 
 class MoRModel(MoRPreTrainedModel):
     def __init__(self, config: MoRConfig):
@@ -281,6 +287,7 @@ class Recursion:
                 )
             ended, selection, hidden_states = self._recur(block, r, active, hidden_states, combine, shared)
             if ended:
+                self.trace.record_unasked(config.num_recursions - r - 1)
                 break
         return hidden_states
 
