@@ -162,9 +162,8 @@ def _router_weights(config: Any) -> int:
     return factor * d * d + max(factor, 1) * d * out
 
 
-def _router_sets(config: Any) -> int:
-    """1, or 2 when a predictor stands beside every router."""
-    return 2 if config.routing == "expert_choice" and config.inference_rule == "predictor" else 1
+def _has_predictors(config: Any) -> bool:
+    return config.routing == "expert_choice" and config.inference_rule == "predictor"
 
 
 def count_parameters(config: Any) -> ParameterCount:
@@ -175,7 +174,7 @@ def count_parameters(config: Any) -> ParameterCount:
     routers = 0
     if is_recursive(config) and config.routing != "none":
         one = _router_weights(config) + (router_outputs(config) if config.router_bias else 0)
-        routers = config.num_routers * one * _router_sets(config)
+        routers = config.num_routers * one * (2 if _has_predictors(config) else 1)
     return ParameterCount(
         embedding=embedding,
         head=0 if config.tie_word_embeddings else embedding,
@@ -210,19 +209,17 @@ class RowRouting:
             Empty for a vanilla configuration and for `routing="none"`, where every token enters.
         past: columns of earlier calls with the same cache.
         stored: like `entered`, over the earlier calls.
-        candidates: tokens the first router of a block sees (those that are not pads); `tokens` by default.
     """
 
     tokens: int
     entered: tuple[int, ...] = ()
     past: int = 0
     stored: tuple[int, ...] = ()
-    candidates: int | None = None
 
-    def after(self, tokens: int, entered: Sequence[int], candidates: int | None = None) -> "RowRouting":
+    def after(self, tokens: int, entered: Sequence[int]) -> "RowRouting":
         """The call that follows this one with the same cache."""
         stored = tuple(a + b for a, b in zip(self.stored or (0,) * len(self.entered), self.entered, strict=True))
-        return RowRouting(tokens, tuple(entered), self.past + self.tokens, stored, candidates)
+        return RowRouting(tokens, tuple(entered), self.past + self.tokens, stored)
 
 
 def full_routing(config: Any, tokens: int, past: int = 0) -> RowRouting:
@@ -379,15 +376,19 @@ def forward_flops(config: Any, routing: RowRouting, logits: int | None = None) -
 
 
 def router_tokens(config: Any, routing: RowRouting) -> int:
-    """Tokens scored, summed over routers and predictors. Who left at one recursion is not scored at the next."""
-    n = config.num_recursions
-    first = routing.tokens if routing.candidates is None else routing.candidates
+    """Tokens scored, summed over routers and predictors.
+
+    Who left a block at one recursion is not scored at the next. Predictors only run where tokens can leave.
+    """
+    blocks, n = len(config.recursive_blocks), config.num_recursions
     if config.routing == "token_choice":
-        return first * len(config.recursive_blocks)
-    scored = 0
-    for b in range(len(config.recursive_blocks)):
-        scored += first + sum(routing.entered[b * n : b * n + n - 1])
-    return scored * _router_sets(config)
+        return routing.tokens * blocks
+    dense, scored = dense_recursions(config), 0
+    for block in range(blocks):
+        for r in range(n):
+            candidates = routing.tokens if r == 0 or dense[r - 1] else routing.entered[block * n + r - 1]
+            scored += candidates * (1 + (_has_predictors(config) and not dense[r]))
+    return scored
 
 
 def kv_bytes(config: Any, routing: RowRouting, bytes_per_value: int = 4) -> int:
@@ -446,7 +447,10 @@ def cost_summary(config: Any, context: int = 1024, bytes_per_value: int = 2) -> 
         kv += source * 2 * k * bytes_per_value if keeps and window is None else 0
         layers += share
     if _is_routed(config):
-        blocks = len(config.recursive_blocks)
-        scored = 1.0 if config.routing == "token_choice" else (1.0 + sum(shares[:-1])) * _router_sets(config)
-        flops += 2 * _router_weights(config) * scored * blocks
+        scored = 1.0
+        if config.routing == "expert_choice":
+            candidates = [1.0, *shares[:-1]]
+            predicted = [_has_predictors(config) and not whole for whole in dense]
+            scored = sum(share * (1 + twice) for share, twice in zip(candidates, predicted, strict=True))
+        flops += 2 * _router_weights(config) * scored * len(config.recursive_blocks)
     return CostSummary(count_parameters(config), flops, kv, context, layers)

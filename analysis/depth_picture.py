@@ -50,6 +50,16 @@ def summary(mapped: DepthMap) -> str:
     return f"{len(mapped.tokens)} tokens, mean depth {mapped.mean_depth:.2f} of {mapped.max_depth}"
 
 
+def require_matplotlib() -> None:
+    """Raises a `ValueError` without matplotlib, which is the extra `plot`."""
+    try:
+        import matplotlib  # noqa: F401
+    except ImportError as error:
+        raise ValueError(
+            "A PNG picture needs matplotlib; install it with `pip install varidepth[plot]`, or write an .html file."
+        ) from error
+
+
 def render_png(mapped: DepthMap, *, width: int = 92, max_lines: int = 120) -> bytes:
     """The map as a PNG picture: the text on backgrounds coloured by depth, with a legend.
 
@@ -59,16 +69,13 @@ def render_png(mapped: DepthMap, *, width: int = 92, max_lines: int = 120) -> by
         max_lines (`int`): a longer text is cut there and the picture says how much is missing.
 
     Raises:
-        ImportError: without matplotlib.
+        ValueError: without matplotlib.
     """
-    try:
-        import matplotlib
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ImportError(
-            "A PNG picture needs matplotlib; install it with `pip install varidepth[plot]`, or write an .html file."
-        ) from error
+    require_matplotlib()
+    import matplotlib
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
     rows = [row for line in lines_of(mapped.tokens) for row in wrapped(line, width)]
     hidden = sum(len(row) for row in rows[max_lines:])
     rows = rows[:max_lines]

@@ -17,7 +17,7 @@ from .depth_map import (
     lines_of,
     wrapped,
 )
-from .depth_picture import render_png, summary
+from .depth_picture import render_png, require_matplotlib, summary
 
 
 DIGITS = "0123456789abcdefghijklmnopqrstuvwxyz"
@@ -171,21 +171,31 @@ def _html_legend(mapped: DepthMap) -> str:
     return f"<table>\n{head}\n{chr(10).join(rows)}\n</table>"
 
 
+def check_target(path: str | os.PathLike[str]) -> Path:
+    """The path, if a map can be written there.
+
+    Raises:
+        ValueError: for an ending other than .html and .png, PNG without matplotlib, or a folder that does not exist.
+    """
+    target = Path(path)
+    if target.suffix.lower() not in (".html", ".htm", ".png"):
+        raise ValueError(f"The depth map cannot be written to {str(path)!r}; give a file ending in .html or .png.")
+    if not target.parent.is_dir():
+        raise ValueError(f"The folder {str(target.parent)!r} does not exist; make it first.")
+    if target.suffix.lower() == ".png":
+        require_matplotlib()
+    return target
+
+
 def write_depth_map(mapped: DepthMap, path: str | os.PathLike[str]) -> Path:
     """Writes the map as HTML or PNG, by the ending of `path`; the file appears whole or not at all.
 
     Raises:
-        ValueError: for another ending.
-        ImportError: for PNG without matplotlib.
-        FileNotFoundError: if the folder does not exist.
+        ValueError: as `check_target`.
     """
-    target = Path(path)
-    ending = target.suffix.lower()
-    if ending not in (".html", ".htm", ".png"):
-        raise ValueError(f"The depth map cannot be written to {str(path)!r}; give a file ending in .html or .png.")
-    if not target.parent.is_dir():
-        raise FileNotFoundError(f"The folder {str(target.parent)!r} does not exist; make it first.")
-    content = render_png(mapped) if ending == ".png" else render_html(mapped).encode("utf-8", errors="replace")
+    target = check_target(path)
+    png = target.suffix.lower() == ".png"
+    content = render_png(mapped) if png else render_html(mapped).encode("utf-8", errors="replace")
     partial = target.with_name(f".{target.name}.{os.getpid()}.partial")
     try:
         partial.write_bytes(content)

@@ -121,15 +121,13 @@ def measured_routing(
         attention_mask (`torch.Tensor` of shape `(batch, past + seq)`, *optional*): 0 at pads.
         previous: the result for the call before, if this one continued its cache.
     """
-    config, columns = model.config, output.token_depth.shape[1]
-    valid = valid_tokens(output, attention_mask).sum(-1).tolist()
-    if config.routing == "none":
-        counts: list[list[int]] = [[] for _ in valid]
-    else:
+    config, (rows, columns) = model.config, output.token_depth.shape
+    counts: list[list[int]] = [[]] * rows
+    if config.routing != "none":
         counts = entered_passes(model, output, attention_mask).sum(1).tolist()
     if previous is None:
-        return [RowRouting(columns, tuple(row), 0, (0,) * len(row), v) for row, v in zip(counts, valid, strict=True)]
-    return [p.after(columns, row, v) for p, row, v in zip(previous, counts, valid, strict=True)]
+        return [RowRouting(columns, tuple(row), 0, (0,) * len(row)) for row in counts]
+    return [before.after(columns, row) for before, row in zip(previous, counts, strict=True)]
 
 
 @dataclass(frozen=True)

@@ -36,7 +36,7 @@ def load_checkpoint(source: str, *, revision: str | None = None, dtype: str | No
             f"The checkpoint {checkpoint.name} has no tokenizer that can be read; put tokenizer.json or the other "
             "tokenizer files of its base model into the folder."
         ) from error
-    model = AutoModelForCausalLM.from_pretrained(checkpoint.folder, dtype=kind)
+    model: Any = AutoModelForCausalLM.from_pretrained(checkpoint.folder, dtype=kind)
     return model.to("cpu" if on_cpu else "cuda").eval(), tokenizer
 
 

@@ -13,9 +13,7 @@ from .checkpoint_loading import DTYPES, load_checkpoint
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Checkpoint, text and output."""
     parser.add_argument("checkpoint", help="folder or Hub id of a MoR")
-    parser.add_argument(
-        "text", nargs="*", help="the text; several arguments are joined by spaces, - is standard input"
-    )
+    parser.add_argument("text", nargs="*", help="the text, joined by spaces; - is standard input")
     parser.add_argument("--file", help="read the text from this UTF-8 file")
     parser.add_argument("-o", "--output", action="append", default=[], help="write .html or .png (may be repeated)")
     parser.add_argument("--title", help="heading of the files (default: the name of the checkpoint)")

@@ -20,6 +20,7 @@ from varidepth.analysis.cost import (
 from varidepth.analysis.paper_flops import paper_flops_per_token, paper_training_flops, paper_training_steps
 from varidepth.configuration.configuration_mor import MoRConfig
 
+
 logging.set_verbosity_error()
 
 SMOLLM = {
@@ -78,8 +79,9 @@ class MatrixProducts(torch.utils._python_dispatch.TorchDispatchMode):
         }
         if func in operands:
             a, b = (args[i] for i in operands[func])
-            # an inner width of 1 is the outer product of the rotary angles: no matrix product in newer torch
-            self.flops += 2 * a.numel() * b.shape[-1] if a.shape[-1] > 1 else 0
+            # rotary angles are the one product of a column with a row: (batch, head_dim / 2, 1) x (batch, 1, seq)
+            if a.shape[-1] > 1 or a.shape[-2] == 1:
+                self.flops += 2 * a.numel() * b.shape[-1]
         elif "scaled_dot_product" in func.__name__ or "convolution" in func.__name__:
             raise AssertionError(f"{func} is not counted; use eager attention")
         return func(*args, **(kwargs or {}))

@@ -224,7 +224,7 @@ def test_png_of_awkward_texts(tokenizer, recwarn):
 
 def test_png_without_matplotlib_says_what_to_install(tokenizer, tmp_path, monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "matplotlib", None)
-    with pytest.raises(ImportError, match=r"pip install varidepth\[plot\]"):
+    with pytest.raises(ValueError, match=r"pip install varidepth\[plot\]"):
         write_depth_map(mapped("text", tokenizer), tmp_path / "map.png")
     assert os.listdir(tmp_path) == []
 
@@ -235,7 +235,7 @@ def test_files_are_whole_or_absent(tokenizer, tmp_path, monkeypatch):
     assert path.read_text(encoding="utf-8") == render_html(result)
     with pytest.raises(ValueError, match="ending in .html or .png"):
         write_depth_map(result, tmp_path / "map.gif")
-    with pytest.raises(FileNotFoundError, match="does not exist; make it first"):
+    with pytest.raises(ValueError, match="does not exist; make it first"):
         write_depth_map(result, tmp_path / "nowhere" / "map.html")
 
     def full(*args):
