@@ -185,8 +185,8 @@ class MoRConfig(BackboneConfig):
                 raise ValueError(f"`{field}` is {getattr(self, field)}, but must be zero or positive.")
         if self.kv_mode == "shared" and self.backbone in FUSED_QKV_BACKBONES:
             raise ValueError(
-                f"`kv_mode` is 'shared', but {self.backbone} computes queries, keys and values in one product, of which "
-                "the keys and values cannot be skipped; use kv_mode='recursion'."
+                f"`kv_mode` is 'shared', but {self.backbone} computes queries, keys and values in one product, so "
+                "that keys and values cannot be skipped; use kv_mode='recursion'."
             )
 
     def _resolve_capacities(self) -> None:
@@ -203,8 +203,8 @@ class MoRConfig(BackboneConfig):
                 )
         if any(not 0 < c <= 1 for c in self.capacities) or sorted(self.capacities, reverse=True) != self.capacities:
             raise ValueError(
-                f"`capacities` is {self.capacities}, but must be non-increasing numbers above 0 and at most 1: a token "
-                "that left never comes back."
+                f"`capacities` is {self.capacities}, but must be non-increasing numbers above 0 and at most 1: a "
+                "token that left never comes back."
             )
         if any(not 0 <= t <= 1 for t in self.router_thresholds):
             raise ValueError(
@@ -215,9 +215,9 @@ class MoRConfig(BackboneConfig):
             raise ValueError(f"`capacity_warmup_steps` is {self.capacity_warmup_steps}, but must be zero or positive.")
         if self.kv_mode == "shared" and self.capacities[0] != 1:
             raise ValueError(
-                f"`kv_mode` is 'shared' and `capacities` starts with {self.capacities[0]}, but the keys and values that "
-                "all recursions read come from the first one, which every token must enter; set the first capacity to "
-                "1.0 or use kv_mode='recursion'."
+                f"`kv_mode` is 'shared' and `capacities` starts with {self.capacities[0]}, but the keys and values "
+                "that all recursions read come from the first one, which every token must enter; set the first "
+                "capacity to 1.0 or use kv_mode='recursion'."
             )
 
     def validate_mor(self) -> None:
@@ -227,7 +227,7 @@ class MoRConfig(BackboneConfig):
 
     @property
     def num_shared_layers(self) -> int:
-        """Layers of the shared block (b in the paper): each exists once and is applied up to `num_recursions` times."""
+        """Layers of the shared block (b in the paper), each of which is applied up to `num_recursions` times."""
         return (self.num_hidden_layers - self.prelude_layers - self.coda_layers) // self.num_recursions
 
     @property

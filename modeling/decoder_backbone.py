@@ -141,7 +141,7 @@ def rotary_embeddings(
 
 
 def share_key_values(layers: nn.ModuleList) -> None:
-    """Lets the attention of `layers` skip its key and value projections when it only reads (see `_ReadingAttention`)."""
+    """Lets the attention of `layers` skip its key and value projections where it only reads them."""
     for layer in layers:
         attention = layer.self_attn
         attention.__class__ = _reading_class(type(attention))
@@ -210,8 +210,8 @@ class BackbonePreTrainedModel(PreTrainedModel):
     def _sdpa_can_dispatch(self, is_init_check: bool = False) -> bool:
         if not self._supports_sdpa:
             raise ValueError(
-                f"attn_implementation is 'sdpa', but {self.config.backbone} caps its attention scores, which sdpa cannot "
-                "do; use attn_implementation='eager'."
+                f"attn_implementation is 'sdpa', but {self.config.backbone} caps its attention scores, which sdpa "
+                "cannot do; use attn_implementation='eager'."
             )
         return super()._sdpa_can_dispatch(is_init_check)
 

@@ -22,7 +22,7 @@ class DepthIndex:
 
     Attributes:
         seen (`int`): tokens of the stream so far, pads and exited ones included.
-        columns (`torch.LongTensor` of shape `(batch, capacity)`): ascending in each row; `None` before the first token.
+        columns (`torch.LongTensor` of shape `(batch, capacity)`): ascending per row; `None` before the first token.
         lengths (`list[int]`): stored tokens per row.
     """
 
@@ -64,13 +64,13 @@ class DepthIndex:
             self.columns[selection.rows[:, None], at] = new_columns
             where = at
         key_columns = (self.columns if whole else self.columns[selection.rows])[:, :kv_length]
-        ragged = any(self.lengths[row] != kv_length for row in rows)
-        key_valid = None
-        if ragged:
-            ends = torch.tensor([self.lengths[row] for row in rows], device=device)
-            key_valid = torch.arange(kv_length, device=device) < ends[:, None]
         return WritePlan(
-            None if whole else selection.rows, where, self.columns.shape[1], kv_length, key_columns, key_valid
+            rows=None if whole else selection.rows,
+            where=where,
+            capacity=self.columns.shape[1],
+            kv_length=kv_length,
+            key_columns=key_columns,
+            lengths=[self.lengths[row] for row in rows],
         )
 
     def crop(self, tokens: int) -> None:
@@ -101,7 +101,7 @@ class WritePlan:
         capacity: length of the buffer.
         kv_length: number of keys that come back.
         key_columns (`torch.LongTensor` of shape `(rows, kv_length)`)
-        key_valid (`torch.BoolTensor` of shape `(rows, kv_length)`): `None` if all are.
+        lengths: keys of each row.
     """
 
     rows: torch.Tensor | None
@@ -109,7 +109,16 @@ class WritePlan:
     capacity: int
     kv_length: int
     key_columns: torch.Tensor
-    key_valid: torch.Tensor | None
+    lengths: list[int]
+
+    @property
+    def key_valid(self) -> torch.Tensor | None:
+        """Which keys are there, of shape `(rows, kv_length)`; `None` if all are."""
+        if min(self.lengths) == self.kv_length:
+            return None
+        device = self.key_columns.device
+        ends = torch.tensor(self.lengths, device=device)
+        return torch.arange(self.kv_length, device=device) < ends[:, None]
 
 
 class DepthLayer(CacheLayerMixin):
@@ -310,14 +319,14 @@ def adopt_cache(cache: Cache | None, config: PreTrainedConfig, groups: list[list
         return cache
     if any(isinstance(layer, QuantizedLayer) for layer in cache.layers):
         raise ValueError(
-            "`past_key_values` is a quantized cache, which cannot hold rows of unequal length; use the default cache or "
-            "cache_implementation='static'."
+            "`past_key_values` is a quantized cache, which cannot hold rows of unequal length; use the default cache "
+            "or cache_implementation='static'."
         )
     seen = cache.get_seq_length()
     if not isinstance(seen, int) or seen > 0:
         raise ValueError(
-            f"`past_key_values` has already seen {int(seen)} tokens, but was not filled by this model: it does not know "
-            "at which depths they are stored; start with an empty cache."
+            f"`past_key_values` has already seen {int(seen)} tokens, but was not filled by this model: it does not "
+            "know at which depths they are stored; start with an empty cache."
         )
     if cache.layer_class_to_replicate is not None:
         cache.layers = DynamicCache(config=config).layers

@@ -17,20 +17,20 @@ class RoutedGenerationGuard:
             )
         if generation_config.cache_implementation == "quantized":
             raise ValueError(
-                "cache_implementation is 'quantized', which cannot hold rows of unequal length; use the default cache or "
-                "'static'."
+                "cache_implementation is 'quantized', which cannot hold rows of unequal length; use the default cache "
+                "or 'static'."
             )
         if generation_config.assistant_early_exit is not None:
             raise ValueError(
-                f"assistant_early_exit is {generation_config.assistant_early_exit}, but early exit by layer would cut a "
-                "recursion short; pass a smaller model as `assistant_model`, or use `prompt_lookup_num_tokens`."
+                f"assistant_early_exit is {generation_config.assistant_early_exit}, but early exit by layer would cut "
+                "a recursion short; pass a smaller model as `assistant_model`, or use `prompt_lookup_num_tokens`."
             )
         return super()._prepare_cache_for_generation(generation_config, *args, **kwargs)
 
     def init_continuous_batching(self, *args: Any, **kwargs: Any) -> Any:
         raise NotImplementedError(
-            "continuous batching (`generate_batch`) stores every token in every layer and finds its pages by layer, which "
-            "is wrong for shared and routed layers; use `generate` on a padded batch."
+            "continuous batching (`generate_batch`) stores every token in every layer and finds its pages by layer, "
+            "which is wrong for shared and routed layers; use `generate` on a padded batch."
         )
 
     @staticmethod

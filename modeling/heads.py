@@ -174,8 +174,8 @@ class SequenceClassificationHead:
             present = attention_mask[:, -logits.shape[1] :].bool()
         elif input_ids is not None and logits.shape[0] > 1:
             raise ValueError(
-                f"the batch has {logits.shape[0]} rows, but neither `config.pad_token_id` nor a 2D `attention_mask` tells "
-                "where they end; give one of them."
+                f"the batch has {logits.shape[0]} rows, but neither `config.pad_token_id` nor a 2D `attention_mask` "
+                "tells where they end; give one of them."
             )
         else:
             return -1

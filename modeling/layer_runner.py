@@ -262,13 +262,7 @@ class LayerRunner:
                 if dense_keys:
                     full[row, :, queries, -weights.shape[-1] :] = weights[i, :, :count]
                     continue
-                stored = (
-                    count
-                    if plan is None
-                    else int(plan.key_valid[i].sum())
-                    if plan.key_valid is not None
-                    else plan.kv_length
-                )
+                stored = count if plan is None else plan.lengths[i]
                 columns = key_columns[i, :stored]
                 full[row, :, queries[:, None], columns] = weights[i, :, :count, :stored]
             return full

@@ -89,8 +89,8 @@ def _flatten(module_name: str, source: str) -> tuple[str, list[str]]:
         target = ".".join([*module_name.split(".")[: -node.level], *(node.module or "").split(".")])
         if node.module is None or sys.modules[target].__file__.endswith("__init__.py"):
             raise ValueError(
-                f"{module_name} imports from the package {target}, but remote code is flat; import from the module that "
-                "defines the name."
+                f"{module_name} imports from the package {target}, but remote code is flat; import from the module "
+                "that defines the name."
             )
         imported.append(target)
         names = ", ".join(alias.name + (f" as {alias.asname}" if alias.asname else "") for alias in node.names)

@@ -64,7 +64,7 @@ class Selection:
         return tokens if self.full else tokens[self.rows[:, None], self.index]
 
     def scatter(self, tokens: torch.Tensor, update: torch.Tensor) -> torch.Tensor:
-        """Returns `tokens` of shape `(batch, seq_len, ...)` with `update` of shape `(rows, k, ...)` in their places."""
+        """A copy of `tokens`, `(batch, seq_len, ...)`, with `update`, `(rows, k, ...)`, at the selected places."""
         update = update.to(tokens.dtype)
         if self.full:
             return update
