@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from ..configuration.backbone_config import BACKBONES
@@ -36,6 +37,7 @@ def load_checkpoint(source: str, *, revision: str | None = None, dtype: str | No
             f"The checkpoint {checkpoint.name} has no tokenizer that can be read; put tokenizer.json or the other "
             "tokenizer files of its base model into the folder."
         ) from error
+    transformers.logging.disable_progress_bar()
     model: Any = AutoModelForCausalLM.from_pretrained(checkpoint.folder, dtype=kind)
     return model.to("cpu" if on_cpu else "cuda").eval(), tokenizer
 

@@ -15,6 +15,8 @@ COMMANDS = {
     "convert": ("convert_command", "make a recursive model of a pretrained one"),
     "unroll": ("unroll_command", "make a vanilla checkpoint of a recursive one, where that is exact"),
     "inspect": ("inspect_command", "show structure, parameters and costs of a checkpoint"),
+    "depth-map": ("depth_map_command", "show the depth of every token of a text"),
+    "perplexity": ("perplexity_command", "measure the loss on held-out text"),
     "env": ("env_command", "show versions and hardware, for bug reports"),
 }
 USER_ERROR = 2

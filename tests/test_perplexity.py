@@ -1,0 +1,155 @@
+"""Held-out loss against a loop over tokens, and the commands that run a checkpoint."""
+
+import json
+import math
+
+import pytest
+import torch
+from generation_reference import SIZES
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from varidepth import MoRConfig, MoRForCausalLM
+from varidepth.analysis.perplexity import held_out_loss
+from varidepth.cli.main import main
+
+
+WORDS = "the cat sat on a mat and dog did not see it in time for tea".split()
+SPANS = ((0, 23), (5, 9), (3, 1))
+DOCUMENTS = [" ".join(WORDS[i % 15] for i in range(start, start + length)) for start, length in SPANS]
+
+
+def make_tokenizer(**special) -> PreTrainedTokenizerFast:
+    vocabulary = {word: i for i, word in enumerate(["<pad>", "<s>", "<unk>", *WORDS])}
+    raw = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    raw.pre_tokenizer = pre_tokenizers.Whitespace()
+    return PreTrainedTokenizerFast(tokenizer_object=raw, unk_token="<unk>", **special)
+
+
+def make_model(kind: str):
+    torch.manual_seed(0)
+    sizes = SIZES | {"vocab_size": len(WORDS) + 3}
+    if kind == "vanilla":
+        return LlamaForCausalLM(LlamaConfig(num_hidden_layers=2, **sizes))
+    routing = {"capacities": [0.8, 0.5]} if kind == "mor" else {"routing": kind}
+    return MoRForCausalLM(MoRConfig(num_hidden_layers=4, **sizes, **routing))
+
+
+@torch.no_grad()
+def slow_loss(model, tokenizer, documents, window, start) -> tuple[float, int]:
+    """Every token from the tokens before it in its window, one forward pass each."""
+    nats, count = 0.0, 0
+    for text in documents:
+        tokens = [*start, *tokenizer(text, add_special_tokens=False)["input_ids"]]
+        for place in range(1, len(tokens)):
+            first = (place - 1) // (window - 1) * (window - 1)
+            logits = model(torch.tensor([tokens[first:place]])).logits[0, -1]
+            nats -= float(logits.log_softmax(-1)[tokens[place]])
+            count += 1
+    return nats, count
+
+
+@pytest.mark.parametrize("kind", ["vanilla", "mor", "token_choice", "none"])
+@pytest.mark.parametrize("batch_size", [1, 3])
+def test_loss_equals_a_loop_over_tokens(kind, batch_size):
+    model, tokenizer = make_model(kind), make_tokenizer(bos_token="<s>", pad_token="<pad>")
+    model.train()
+    loss = held_out_loss(model, tokenizer, DOCUMENTS, window=7, batch_size=batch_size)
+    assert model.training
+    model.eval()
+    nats, count = slow_loss(model, tokenizer, DOCUMENTS, 7, [tokenizer.bos_token_id])
+    assert (loss.tokens, loss.documents) == (count, 3) == (33, 3)
+    assert loss.nats == pytest.approx(nats, rel=1e-5)
+    assert loss.bytes == sum(len(text.encode()) for text in DOCUMENTS)
+    assert loss.nats_per_token == pytest.approx(nats / 33, rel=1e-5)
+    assert loss.nats_per_byte == loss.nats / loss.bytes
+    assert loss.perplexity == math.exp(loss.nats_per_token)
+
+
+def test_eos_starts_a_document_without_bos_and_nothing_without_either():
+    model = make_model("vanilla").eval()
+    with_eos = held_out_loss(model, make_tokenizer(eos_token="<s>"), DOCUMENTS, window=64)
+    with_bos = held_out_loss(model, make_tokenizer(bos_token="<s>"), DOCUMENTS, window=64)
+    assert with_eos == with_bos
+    bare = held_out_loss(model, make_tokenizer(), DOCUMENTS, window=64)
+    # nothing predicts the first word of a document, and one of the documents has no other
+    assert (bare.tokens, bare.documents) == (30, 2)
+    assert bare.bytes == sum(len(text) - len(text.split()[0]) for text in DOCUMENTS[:2])
+
+
+def test_reading_stops_at_the_limit():
+    model, tokenizer = make_model("vanilla").eval(), make_tokenizer(bos_token="<s>")
+    loss = held_out_loss(model, tokenizer, DOCUMENTS, window=7, batch_size=1, max_tokens=8)
+    assert (loss.tokens, loss.documents) == (12, 1)
+    assert loss.bytes == round(len(DOCUMENTS[0]) * 12 / 23)
+
+
+@pytest.mark.parametrize("documents", ["", [], " \n\t", ["", "  "]])
+def test_empty_text_is_refused(documents):
+    with pytest.raises(ValueError, match="The text is empty .* give a text with some words"):
+        held_out_loss(make_model("vanilla"), make_tokenizer(bos_token="<s>"), documents)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [({"window": 1}, "at least 2 tokens"), ({"batch_size": 0}, "at least 1"), ({"max_tokens": 0}, "at least 1")],
+)
+def test_sizes_out_of_range_are_refused(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        held_out_loss(make_model("vanilla"), make_tokenizer(bos_token="<s>"), DOCUMENTS, **arguments)
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("checkpoints") / "tiny-mor"
+    make_model("mor").save_pretrained(folder)
+    make_tokenizer(bos_token="<s>", pad_token="<pad>").save_pretrained(folder)
+    return folder
+
+
+def test_perplexity_command(checkpoint, tmp_path, capsys):
+    text = tmp_path / "text.txt"
+    text.write_text("\n\n".join(DOCUMENTS), encoding="utf-8")
+    assert main(["perplexity", str(checkpoint), str(text), "--json", "--window", "16"]) == 0
+    figures = json.loads(capsys.readouterr().out)
+    assert figures["tokens"] == 33 and figures["perplexity"] == pytest.approx(math.exp(figures["nats_per_token"]))
+    assert main(["perplexity", str(checkpoint), str(text)]) == 0
+    assert "33 tokens" in capsys.readouterr().out
+
+
+def test_depth_map_command(checkpoint, tmp_path, capsys):
+    page = tmp_path / "map.html"
+    assert main(["depth-map", str(checkpoint), "the", "cat sat"]) == 0
+    assert "mean depth" in capsys.readouterr().out
+    assert main(["depth-map", str(checkpoint), "the cat sat", "-o", str(page), "--title", "A <title>"]) == 0
+    assert "A &lt;title&gt;" in page.read_text(encoding="utf-8")
+    assert f"wrote {page}" in capsys.readouterr().err
+
+
+def test_commands_refuse_bad_input_in_one_sentence(checkpoint, tmp_path, capsys):
+    empty, binary = tmp_path / "empty.txt", tmp_path / "binary.txt"
+    empty.write_text(" \n", encoding="utf-8")
+    binary.write_bytes(b"\xff\xfe\x00")
+    vanilla = tmp_path / "vanilla"
+    make_model("vanilla").save_pretrained(vanilla)
+    model = str(checkpoint)
+    make_tokenizer(bos_token="<s>").save_pretrained(vanilla)
+    cases = [
+        (["perplexity", model, str(tmp_path / "none.txt")], "does not exist; give a text file"),
+        (["perplexity", model, str(empty)], "give a text file"),
+        (["perplexity", model, str(binary)], "not UTF-8"),
+        (["perplexity", str(tmp_path / "nowhere" / "at" / "all"), str(binary)], ""),
+        (["depth-map", model], "either as arguments or with --file"),
+        (["depth-map", model, " "], "The text is empty"),
+        (["depth-map", model, "--file", str(binary)], "not UTF-8"),
+        (["depth-map", model, "--file", str(tmp_path / "none.txt")], "cannot be read"),
+        (["depth-map", model, "text", "-o", str(tmp_path / "map.pdf")], "ending in .html or .png"),
+        (["depth-map", str(vanilla), "text"], "gives every token the same depth"),
+        (["depth-map", str(tmp_path / "nowhere"), "text"], ""),
+    ]
+    capsys.readouterr()
+    for arguments, message in cases:
+        assert main(arguments) == 2, arguments
+        said = capsys.readouterr().err
+        assert said.startswith("varidepth: ") and said.count("\n") == 1 and message in said, said
+    assert not (tmp_path / "map.pdf").exists()
