@@ -1,12 +1,13 @@
 """`varidepth convert SOURCE -o OUT --to mor ...`"""
 
 import argparse
+import dataclasses
 import types
 from typing import Any, get_args, get_origin
 
 from ..conversion.convert import convert
 from ..conversion.layer_maps import INITIALISATIONS
-from ..conversion.recipe import ARCHITECTURES, DTYPES, MOR_FIELDS, ROUTER_INITS, shipped_recipes
+from ..conversion.recipe import ARCHITECTURES, DTYPES, MOR_FIELDS, ROUTER_INITS, Recipe, shipped_recipes
 
 
 _ALIASES = {"num_recursions": ["--recursions"]}
@@ -41,13 +42,8 @@ def run(args: argparse.Namespace) -> None:
     """Converts as the flags say."""
     if args.quiet:
         _silence()
-    fields = {
-        name: value
-        for name, value in vars(args).items()
-        if value is not None
-        and name not in ("command", "version", "debug", "source", "output", "recipe", "revision")
-        and name not in ("dry_run", "overwrite", "quiet")
-    }
+    names = {field.name for field in dataclasses.fields(Recipe)} - {"mor", "source"} | set(MOR_FIELDS)
+    fields = {name: getattr(args, name) for name in sorted(names) if getattr(args, name) is not None}
     convert(
         args.source,
         args.output,

@@ -3,10 +3,11 @@
 import shutil
 from pathlib import Path
 
-from transformers import GenerationConfig
+from transformers import AutoTokenizer, GenerationConfig
 
 from .checkpoint_writer import write_json
 from .source_checkpoint import SourceCheckpoint, generation_settings
+from .tensor_source import read_json
 
 
 def copy_companions(source: SourceCheckpoint, folder: Path) -> None:
@@ -18,13 +19,22 @@ def copy_companions(source: SourceCheckpoint, folder: Path) -> None:
     Raises:
         ConversionError: if generation_config.json is no JSON.
     """
-    if source.tokenizer is not None:
-        source.tokenizer.save_pretrained(folder)
+    tokenizer = source.tokenizer
+    if tokenizer is None and source.companions and not _names_its_class(source.folder):
+        # AutoTokenizer found the class by the source's model type, which the new checkpoint does not have
+        tokenizer = AutoTokenizer.from_pretrained(source.folder)
     for path in source.companions:
         shutil.copyfile(path, folder / path.name)
+    if tokenizer is not None:
+        tokenizer.save_pretrained(folder)
     settings = generation_settings(source)
     if settings is not None:
         write_json(folder / "generation_config.json", settings)
         return
     tokens = {name: getattr(source.config, name, None) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
     GenerationConfig(**{name: value for name, value in tokens.items() if value is not None}).save_pretrained(folder)
+
+
+def _names_its_class(folder: Path) -> bool:
+    path = folder / "tokenizer_config.json"
+    return path.is_file() and bool(read_json(path).get("tokenizer_class"))

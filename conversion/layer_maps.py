@@ -6,7 +6,6 @@ layers. Everything here is arithmetic on indices.
 
 import random
 from dataclasses import dataclass
-from fractions import Fraction
 
 from .errors import ConversionError
 
@@ -56,10 +55,11 @@ class LayerMap:
 
 
 def even_spread(first: int, last: int, count: int) -> list[int]:
-    """`round(linspace(first, last, count))`, with halves rounded to even as Python does."""
+    """`round(linspace(first, last, count))` in floating point, whose errors decide where a half is rounded to."""
     if count == 1:
         return [first]
-    return [round(first + Fraction(i * (last - first), count - 1)) for i in range(count)]
+    step = (last - first) / (count - 1)
+    return [round(i * step + first) for i in range(count - 1)] + [last]
 
 
 def place_remainder(remainder: int) -> tuple[int, int]:

@@ -62,7 +62,7 @@ def official_blueprint(source: SourceCheckpoint, recipe: Recipe) -> Blueprint:
     """
     weights = source.weights
     layout = _read_layout(weights)
-    recursions = 1 + max(r for r, _ in layout.shared)
+    recursions = _recursions(weights, layout)
     shared_layers = 1 + max(j for _, j in layout.shared)
     _check_copies(weights, layout, recursions, shared_layers)
 
@@ -122,7 +122,8 @@ def official_blueprint(source: SourceCheckpoint, recipe: Recipe) -> Blueprint:
 def _read_layout(weights: TensorSource) -> _Layout:
     token_choice = any(_BLOCK_LIST.match(name) for name in weights.infos)
     layout = _Layout(token_choice, {}, {}, {}, None, [])
-    blocks = sorted({int(m[1]) for m in map(_BLOCK.match, weights.infos) if m})
+    # safetensors may have dropped all copies but the first, while every recursion has a router
+    blocks = sorted({int(m[1]) for pattern in (_BLOCK, _ROUTER) for m in map(pattern.match, weights.infos) if m})
     for name in weights.infos:
         if match := _BLOCK.match(name):
             layout.shared.setdefault((blocks.index(int(match[1])), int(match[2])), {})[match[3]] = name
@@ -147,6 +148,16 @@ def _read_layout(weights: TensorSource) -> _Layout:
             "and Cycle none; it is incomplete."
         )
     return layout
+
+
+def _recursions(weights: TensorSource, layout: _Layout) -> int:
+    """N_r: expert choice has one router per recursion, token choice one logit."""
+    copies = 1 + max(r for r, _ in layout.shared)
+    routers = {layer for group, layer, _ in layout.routers if group == "routers"}
+    if layout.token_choice:
+        outputs = [weights.infos[name].shape[0] for (_, _, index), name in layout.routers.items() if index != "0"]
+        return max([copies, *outputs])
+    return max(copies, len(routers))
 
 
 def _check_copies(weights: TensorSource, layout: _Layout, recursions: int, shared_layers: int) -> None:

@@ -8,6 +8,7 @@ from typing import Any, get_args
 
 import torch
 import yaml
+from huggingface_hub.dataclasses import type_validator
 
 from ..configuration.backbone_config import BackboneConfig
 from ..configuration.configuration_mor import MoRConfig
@@ -73,9 +74,12 @@ class Recipe:
         for field in ("base_model", "source"):
             if getattr(self, field) is not None:
                 _check_type(field, getattr(self, field), str)
-        for field in ("num_recursions", "prelude_layers", "coda_layers"):
-            if self.mor.get(field) is not None:
-                _check_type(field, self.mor[field], int)
+        for field, value in self.mor.items():
+            try:
+                type_validator(field, value, MOR_FIELDS[field])
+            except TypeError as error:
+                kind = str(MOR_FIELDS[field]).removeprefix("<class '").removesuffix("'>")
+                raise ConversionError(f"`{field}` is {value!r}, but must be of type {kind}.") from error
         self.max_shard_bytes  # noqa: B018  refuses a size that cannot be read
 
     @property

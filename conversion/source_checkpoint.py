@@ -17,6 +17,7 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
+from tokenizers import Tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.configuration_utils import PreTrainedConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
@@ -188,6 +189,7 @@ def _open_gguf(path: Path, name: str, hub_id: str | None, allowed: tuple[str, ..
             f"The source is a {model.config.model_type!r} model, but only these can be read here: "
             f"{', '.join(allowed)}."
         )
+    _drop_invented_token(tokenizer, model.config.vocab_size)
     # the loaded config says "quantized", which is no longer true
     raw = {key: value for key, value in model.config.to_dict().items() if key not in _GGUF_TRACES}
     config = CONFIG_MAPPING[raw["model_type"]].from_dict(raw)
@@ -199,11 +201,21 @@ def _open_gguf(path: Path, name: str, hub_id: str | None, allowed: tuple[str, ..
     )
 
 
+def _drop_invented_token(tokenizer: Any, vocab_size: int) -> None:
+    """transformers adds GPT-2's end token to every byte-level vocabulary of a GGUF file, even beyond the embedding."""
+    if tokenizer.get_vocab().get(_INVENTED_TOKEN) != vocab_size:
+        return
+    content = json.loads(tokenizer.backend_tokenizer.to_str())
+    content["added_tokens"] = [token for token in content["added_tokens"] if token["id"] < vocab_size]
+    tokenizer._tokenizer = Tokenizer.from_str(json.dumps(content))
+
+
+_INVENTED_TOKEN = "<|endoftext|>"
 _GGUF_TRACES = ("quantization_config", "_pre_quantization_dtype", "auto_map", "_name_or_path")
 
 
-def vanilla_weights(source: SourceCheckpoint) -> tuple[TensorSource, dict[str, tuple[int, ...]]]:
-    """The weights under the names of the family's `ForCausalLM`, and the shapes that model expects.
+def vanilla_weights(source: SourceCheckpoint) -> TensorSource:
+    """The weights under the names of the family's `ForCausalLM`, in the order of that model.
 
     Raises:
         ConversionError: if a tensor is missing, unknown or of another shape than the configuration says, or a tied
@@ -227,7 +239,7 @@ def vanilla_weights(source: SourceCheckpoint) -> tuple[TensorSource, dict[str, t
                 )
             weights = weights.rename({name: name for name in weights.infos if name != "lm_head.weight"})
     check_tensors(weights, expected)
-    return weights, expected
+    return weights.rename({name: name for name in expected})
 
 
 def check_tensors(weights: TensorSource, expected: Mapping[str, tuple[int, ...]]) -> None:
@@ -310,5 +322,4 @@ def _and_more(names: list[str]) -> str:
 
 
 def _one_line(error: BaseException) -> str:
-    text = " ".join(str(error).split()) or type(error).__name__
-    return json.loads(json.dumps(text[:300])).rstrip(". ")
+    return (" ".join(str(error).split()) or type(error).__name__)[:300].rstrip(". ")

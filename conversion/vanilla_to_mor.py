@@ -41,7 +41,7 @@ def vanilla_blueprint(source: SourceCheckpoint, recipe: Recipe) -> Blueprint:
     Raises:
         ConversionError: if weights and configuration disagree, the depth is too small, or a field does not fit.
     """
-    weights, _ = vanilla_weights(source)
+    weights = vanilla_weights(source)
     fields = _with_router_defaults(recipe)
     if fields.get("num_recursions") is None:
         raise ConversionError("The recipe lacks `num_recursions`; say how often the shared layers are applied.")

@@ -1,0 +1,543 @@
+"""Bad input: one clear sentence on stderr, exit status 2, and nothing written."""
+
+import builtins
+import errno
+import json
+import pickle
+import shutil
+import struct
+from pathlib import Path
+
+import pytest
+import torch
+from pico_checkpoints import edit_json, save_pico
+from safetensors.torch import load_file, save_file
+
+from varidepth.cli.main import main
+from varidepth.conversion import checkpoint_writer
+
+
+CASES = {}
+
+
+def case(*words, command="convert"):
+    """Registers a case: a function that spoils the source and may return other arguments; `words` are in the error."""
+
+    def register(function):
+        CASES[function.__name__] = (command, function, words)
+        return function
+
+    return register
+
+
+def convert_arguments(folder: Path, *flags: str) -> list[str]:
+    return [str(folder / "source"), "-o", str(folder / "out"), "--recursions", "2", *flags]
+
+
+def reshard(folder: Path) -> dict[str, str]:
+    """Splits the single weight file in two; returns the weight map."""
+    weights = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    names = sorted(weights)
+    files = {"model-00001-of-00002.safetensors": names[::2], "model-00002-of-00002.safetensors": names[1::2]}
+    for file, part in files.items():
+        save_file({name: weights[name] for name in part}, folder / file, metadata={"format": "pt"})
+    weight_map = {name: file for file, part in files.items() for name in part}
+    write_index(folder, weight_map)
+    return weight_map
+
+
+def write_index(folder: Path, weight_map: dict[str, str]) -> None:
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+
+
+def change_weights(folder: Path, change) -> None:
+    weights = load_file(folder / "model.safetensors")
+    change(weights)
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+# files
+
+
+@case("model-00002-of-00002.safetensors", "missing")
+def missing_shard(folder, monkeypatch):
+    reshard(folder / "source")
+    (folder / "source" / "model-00002-of-00002.safetensors").unlink()
+
+
+@case("index", "model.safetensors.index.json")
+def missing_index(folder, monkeypatch):
+    reshard(folder / "source")
+    (folder / "source" / "model.safetensors.index.json").unlink()
+
+
+@case("truncated", "model.safetensors")
+def truncated_safetensors(folder, monkeypatch):
+    path = folder / "source" / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+@case("truncated", "model.safetensors")
+def empty_safetensors(folder, monkeypatch):
+    (folder / "source" / "model.safetensors").write_bytes(b"")
+
+
+@case("outside", "../secret.safetensors")
+def index_points_outside(folder, monkeypatch):
+    weight_map = reshard(folder / "source")
+    shutil.copy(folder / "source" / "model-00001-of-00002.safetensors", folder / "secret.safetensors")
+    write_index(folder / "source", weight_map | {"model.norm.weight": "../secret.safetensors"})
+
+
+@case("index", "model.norm.weight")
+def index_names_the_wrong_shard(folder, monkeypatch):
+    weight_map = reshard(folder / "source")
+    other = next(file for file in weight_map.values() if file != weight_map["model.norm.weight"])
+    write_index(folder / "source", weight_map | {"model.norm.weight": other})
+
+
+@case("weight_map")
+def index_without_weight_map(folder, monkeypatch):
+    reshard(folder / "source")
+    (folder / "source" / "model.safetensors.index.json").write_text("{}")
+
+
+@case("two shards", "model.norm.weight")
+def tensor_in_two_shards(folder, monkeypatch):
+    weight_map = reshard(folder / "source")
+    for file in set(weight_map.values()):
+        weights = load_file(folder / "source" / file)
+        weights["model.norm.weight"] = torch.ones(32)
+        save_file(weights, folder / "source" / file)
+
+
+@case("no weights")
+def no_weights(folder, monkeypatch):
+    (folder / "source" / "model.safetensors").unlink()
+
+
+@case("config.json")
+def config_missing(folder, monkeypatch):
+    (folder / "source" / "config.json").unlink()
+
+
+@case("config.json", "JSON")
+def config_is_no_json(folder, monkeypatch):
+    (folder / "source" / "config.json").write_text('{"model_type": "llama",')
+
+
+@case("config.json", "object")
+def config_is_a_list(folder, monkeypatch):
+    (folder / "source" / "config.json").write_text("[1, 2]")
+
+
+@case("model_type")
+def config_without_model_type(folder, monkeypatch):
+    edit_json(folder / "source" / "config.json", model_type=None)
+
+
+@case("hidden_size", "config.json")
+def config_with_a_wrong_type(folder, monkeypatch):
+    edit_json(folder / "source" / "config.json", hidden_size="thirty-two")
+
+
+@case("could run foreign code")
+def pickle_with_code(folder, monkeypatch):
+    (folder / "source" / "model.safetensors").unlink()
+
+    class Payload:
+        def __reduce__(self):
+            return (builtins.print, ("pwned",))
+
+    torch.save({"model.norm.weight": Payload()}, folder / "source" / "pytorch_model.bin")
+
+
+@case("could run foreign code")
+def plain_pickle_with_code(folder, monkeypatch):
+    (folder / "source" / "model.safetensors").unlink()
+
+    class Payload:
+        def __reduce__(self):
+            return (builtins.print, ("pwned",))
+
+    (folder / "source" / "pytorch_model.bin").write_bytes(pickle.dumps(Payload(), protocol=2))
+
+
+@case("pytorch_model.bin", "truncated")
+def truncated_pickle(folder, monkeypatch):
+    weights = load_file(folder / "source" / "model.safetensors")
+    (folder / "source" / "model.safetensors").unlink()
+    path = folder / "source" / "pytorch_model.bin"
+    torch.save(weights, path)
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+@case("state dict")
+def pickle_without_state_dict(folder, monkeypatch):
+    (folder / "source" / "model.safetensors").unlink()
+    torch.save([torch.ones(2)], folder / "source" / "pytorch_model.bin")
+
+
+@case("does not exist")
+def source_does_not_exist(folder, monkeypatch):
+    return [str(folder / "nowhere"), "-o", str(folder / "out"), "--recursions", "2"]
+
+
+@case("Hub", "reached")
+def hub_offline(folder, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    return ["someone/something-that-is-not-cached", "-o", str(folder / "out"), "--recursions", "2"]
+
+
+@case("neither an existing path nor a Hub id")
+def source_is_no_hub_id(folder, monkeypatch):
+    return ["what is this?", "-o", str(folder / "out"), "--recursions", "2"]
+
+
+@case("GGUF", "damaged")
+def corrupt_gguf(folder, monkeypatch):
+    (folder / "model.gguf").write_bytes(b"GGUF" + struct.pack("<IQQ", 3, 10**6, 10**6) + b"\x00" * 64)
+    return [str(folder / "model.gguf"), "-o", str(folder / "out"), "--recursions", "2"]
+
+
+@case("no GGUF file")
+def gguf_of_something_else(folder, monkeypatch):
+    (folder / "model.gguf").write_bytes(b"PK\x03\x04 a zip archive")
+    return [str(folder / "model.gguf"), "-o", str(folder / "out"), "--recursions", "2"]
+
+
+@case("only .gguf files")
+def source_is_another_file(folder, monkeypatch):
+    return [str(folder / "source" / "model.safetensors"), "-o", str(folder / "out"), "--recursions", "2"]
+
+
+@case("2 GGUF files")
+def folder_with_two_ggufs(folder, monkeypatch):
+    (folder / "source" / "model.safetensors").unlink()
+    for name in ("a.gguf", "b.gguf"):
+        (folder / "source" / name).write_bytes(b"GGUF")
+
+
+# models
+
+
+@case("'gpt2'", "llama")
+def unsupported_family(folder, monkeypatch):
+    edit_json(folder / "source" / "config.json", model_type="gpt2")
+
+
+@case("quantized", "bitsandbytes")
+def quantized_source(folder, monkeypatch):
+    edit_json(folder / "source" / "config.json", quantization_config={"quant_method": "bitsandbytes"})
+
+
+@case("I8", "unquantized")
+def integer_weights(folder, monkeypatch):
+    change_weights(folder / "source", lambda w: w.update({"model.norm.weight": torch.ones(32, dtype=torch.int8)}))
+
+
+@case("model.layers.3.mlp.up_proj.weight")
+def missing_tensor(folder, monkeypatch):
+    change_weights(folder / "source", lambda w: w.pop("model.layers.3.mlp.up_proj.weight"))
+
+
+@case("adapter", "model.layers.0.self_attn.q_proj.lora_A")
+def unknown_tensor(folder, monkeypatch):
+    lora = {"model.layers.0.self_attn.q_proj.lora_A": torch.ones(2, 32)}
+    change_weights(folder / "source", lambda w: w.update(lora))
+
+
+@case("shape [16]", "[32]")
+def wrong_shape(folder, monkeypatch):
+    change_weights(folder / "source", lambda w: w.update({"model.norm.weight": torch.ones(16)}))
+
+
+@case("model.layers.6", "config.json")
+def config_of_a_deeper_model(folder, monkeypatch):
+    edit_json(folder / "source" / "config.json", num_hidden_layers=7)
+
+
+@case("lm_head.weight")
+def untied_head_missing(folder, monkeypatch):
+    edit_json(folder / "source" / "config.json", tie_word_embeddings=False)
+
+
+@case("ties the head")
+def tied_head_differs(folder, monkeypatch):
+    change_weights(folder / "source", lambda w: w.update({"lm_head.weight": torch.ones(96, 32)}))
+
+
+@case("model.layers.0.mlp.up_proj.weight", "NaN")
+def nan_weights(folder, monkeypatch):
+    change_weights(folder / "source", lambda w: w["model.layers.0.mlp.up_proj.weight"].view(-1)[5].fill_(torch.nan))
+
+
+@case("float16", "bfloat16")
+def weights_beyond_float16(folder, monkeypatch):
+    change_weights(folder / "source", lambda w: w["model.layers.0.mlp.up_proj.weight"].fill_(1e6))
+    return convert_arguments(folder, "--dtype", "float16")
+
+
+@case("tokenizer", "150", "96")
+def vocabulary_mismatch(folder, monkeypatch):
+    tokenizer = json.loads((folder / "source" / "tokenizer.json").read_text())
+    tokenizer["model"]["vocab"]["another"] = 150
+    (folder / "source" / "tokenizer.json").write_text(json.dumps(tokenizer))
+
+
+@case("tokenizer.json", "JSON")
+def damaged_tokenizer(folder, monkeypatch):
+    (folder / "source" / "tokenizer.json").write_text("{")
+
+
+@case("generation_config.json", "JSON")
+def damaged_generation_config(folder, monkeypatch):
+    (folder / "source" / "generation_config.json").write_text("nope")
+
+
+@case("MoR already")
+def source_is_a_mor(folder, monkeypatch):
+    main(["convert", *convert_arguments(folder), "--quiet"])
+    return [str(folder / "out"), "-o", str(folder / "again"), "--recursions", "2"]
+
+
+# output
+
+
+@case("not empty", "--overwrite")
+def output_not_empty(folder, monkeypatch):
+    (folder / "out").mkdir()
+    (folder / "out" / "notes.txt").write_text("mine")
+
+
+@case("no checkpoint")
+def overwriting_something_else(folder, monkeypatch):
+    (folder / "out").mkdir()
+    (folder / "out" / "notes.txt").write_text("mine")
+    return convert_arguments(folder, "--overwrite")
+
+
+@case("is a file")
+def output_is_a_file(folder, monkeypatch):
+    (folder / "out").write_text("mine")
+
+
+@case("source itself")
+def output_is_the_source(folder, monkeypatch):
+    return [str(folder / "source"), "-o", str(folder / "source"), "--recursions", "2", "--overwrite"]
+
+
+@case("inside the source")
+def output_inside_the_source(folder, monkeypatch):
+    return [str(folder / "source"), "-o", str(folder / "source" / "mor"), "--recursions", "2"]
+
+
+@case("no output")
+def no_output(folder, monkeypatch):
+    return [str(folder / "source"), "--recursions", "2"]
+
+
+@case("cannot be made")
+def output_below_a_file(folder, monkeypatch):
+    (folder / "file").write_text("mine")
+    return [str(folder / "source"), "-o", str(folder / "file" / "deep" / "out"), "--recursions", "2"]
+
+
+@case("needs", "GB")
+def disk_too_small(folder, monkeypatch):
+    usage = shutil.disk_usage(folder)._replace(free=1000)
+    monkeypatch.setattr(checkpoint_writer.shutil, "disk_usage", lambda path: usage)
+    return [str(folder / "source"), "-o", str(folder / "new" / "deep" / "out"), "--recursions", "2"]
+
+
+@case("disk is full")
+def disk_full_while_writing(folder, monkeypatch):
+    def full(descriptor):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(checkpoint_writer.os, "fsync", full)
+    return [str(folder / "source"), "-o", str(folder / "new" / "out"), "--recursions", "2"]
+
+
+@case("disk is full")
+def disk_full_at_the_last_file(folder, monkeypatch):
+    def full(*arguments):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("varidepth.conversion.convert.write_card", full)
+
+
+# recipe
+
+
+@case("num_recursions")
+def recursions_left_out(folder, monkeypatch):
+    return [str(folder / "source"), "-o", str(folder / "out")]
+
+
+@case("num_recursions", "5", "4")
+def recursions_do_not_fit(folder, monkeypatch):
+    return [str(folder / "source"), "-o", str(folder / "out"), "--recursions", "5"]
+
+
+@case("--recursionz")
+def misspelt_flag(folder, monkeypatch):
+    return [str(folder / "source"), "-o", str(folder / "out"), "--recursionz", "2"]
+
+
+@case("--dtype", "int8")
+def wrong_dtype_flag(folder, monkeypatch):
+    return convert_arguments(folder, "--dtype", "int8")
+
+
+@case("sharing", "'middle_cycel'", "'middle_cycle'")
+def misspelt_sharing(folder, monkeypatch):
+    return convert_arguments(folder, "--sharing", "middle_cycel")
+
+
+@case("capacities", "3 entries")
+def capacities_of_wrong_length(folder, monkeypatch):
+    return convert_arguments(folder, "--capacities", "1", "0.5", "0.2")
+
+
+@case("router_bias", "router_init")
+def contradicting_router_fields(folder, monkeypatch):
+    return convert_arguments(folder, "--no-router-bias")
+
+
+@case("max_shard_size")
+def shard_size_without_meaning(folder, monkeypatch):
+    return convert_arguments(folder, "--max-shard-size", "large")
+
+
+@case("revision")
+def revision_of_a_folder(folder, monkeypatch):
+    return convert_arguments(folder, "--revision", "main")
+
+
+def with_recipe(folder, text):
+    (folder / "recipe.yaml").write_text(text)
+    return [str(folder / "source"), "-o", str(folder / "out"), "--recipe", str(folder / "recipe.yaml")]
+
+
+@case("`num_recursion`", "`num_recursions`")
+def unknown_recipe_key(folder, monkeypatch):
+    return with_recipe(folder, "to: mor\nnum_recursion: 2\n")
+
+
+@case("YAML", "line 2")
+def recipe_is_no_yaml(folder, monkeypatch):
+    return with_recipe(folder, "to: mor\n  num_recursions: [2\n")
+
+
+@case("key: value")
+def recipe_is_a_list(folder, monkeypatch):
+    return with_recipe(folder, "- mor\n- 2\n")
+
+
+@case("num_recursions", "'two'", "int")
+def recipe_value_of_wrong_type(folder, monkeypatch):
+    return with_recipe(folder, "num_recursions: two\n")
+
+
+@case("dtype", "'float8'")
+def recipe_with_wrong_dtype(folder, monkeypatch):
+    return with_recipe(folder, "num_recursions: 2\ndtype: float8\n")
+
+
+@case("`capacities` is 0.5", "list")
+def recipe_with_a_number_for_a_list(folder, monkeypatch):
+    return with_recipe(folder, "num_recursions: 2\ncapacities: 0.5\n")
+
+
+@case("recipe", "mor_middle_cycle")
+def recipe_missing(folder, monkeypatch):
+    return convert_arguments(folder, "--recipe", str(folder / "nothing.yaml"))
+
+
+# unroll and inspect
+
+
+def routed(folder, *flags):
+    assert main([str(word) for word in ("convert", *convert_arguments(folder, *flags), "--quiet")]) == 0
+    return [str(folder / "out"), "-o", str(folder / "vanilla")]
+
+
+@case("gate", "'weighted'", command="unroll")
+def unroll_a_weighted_gate(folder, monkeypatch):
+    return routed(folder, "--gating", "weighted")
+
+
+@case("routers have learned", command="unroll")
+def unroll_trained_routers(folder, monkeypatch):
+    arguments = routed(folder)
+    change_weights(folder / "out", lambda w: w["model.routers.weight"].fill_(0.1))
+    return arguments
+
+
+@case("routers have learned", command="unroll")
+def unroll_a_closed_router(folder, monkeypatch):
+    arguments = routed(folder)
+    change_weights(folder / "out", lambda w: w["model.routers.bias"].view(-1)[1].fill_(3.0))
+    return arguments
+
+
+@case("kv_mode", command="unroll")
+def unroll_shared_keys(folder, monkeypatch):
+    return routed(folder, "--kv-mode", "shared")
+
+
+@case("'llama'", "mor", command="unroll")
+def unroll_a_vanilla_model(folder, monkeypatch):
+    return [str(folder / "source"), "-o", str(folder / "vanilla")]
+
+
+@case("'gpt2'", command="inspect")
+def inspect_an_unsupported_family(folder, monkeypatch):
+    edit_json(folder / "source" / "config.json", model_type="gpt2")
+    return [str(folder / "source")]
+
+
+@case("context", command="inspect")
+def inspect_with_a_negative_context(folder, monkeypatch):
+    return [str(folder / "source"), "--context", "-1"]
+
+
+@pytest.fixture(scope="module")
+def pristine(tmp_path_factory):
+    return save_pico(tmp_path_factory.mktemp("pristine") / "source")
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_one_sentence_and_nothing_written(name, pristine, tmp_path, monkeypatch, capsys):
+    command, spoil, words = CASES[name]
+    shutil.copytree(pristine, tmp_path / "source")
+    arguments = spoil(tmp_path, monkeypatch) or convert_arguments(tmp_path)
+    before = listing(tmp_path)
+    capsys.readouterr()
+
+    quiet = [] if command == "inspect" else ["--quiet"]
+    try:
+        status = main([command, *arguments, *quiet])
+    except SystemExit as exit:  # argparse
+        status = exit.code
+
+    captured = capsys.readouterr()
+    assert status == 2, captured.err
+    assert captured.out == ""
+    lines = captured.err.splitlines()
+    assert len(lines) == 1 and lines[0].startswith("varidepth: ") and lines[0][-1] in ".?", captured.err
+    assert len(lines[0]) < 400 and "Traceback" not in lines[0]
+    for word in words:
+        assert word in lines[0]
+    assert listing(tmp_path) == before
+
+
+def listing(folder: Path) -> dict[str, int]:
+    """Every path below `folder`, hidden ones too, with its size."""
+    return {str(path.relative_to(folder)): path.stat().st_size for path in sorted(folder.rglob("*"))}
+
+
+def test_there_are_enough_cases():
+    assert len(CASES) >= 25
