@@ -285,11 +285,17 @@ class MoRConfig(BackboneConfig):
         family = {key: value for key, value in source_config.to_dict().items() if key in family_fields(backbone) - own}
         per_layer = {name: family.pop(name) for name in PER_LAYER_FIELDS if family.get(name) is not None}
         depth = mor_fields.pop("num_hidden_layers", source_config.num_hidden_layers)
-        fields = {"backbone": backbone, "num_recursions": num_recursions, "num_hidden_layers": depth, **mor_fields}
-        plain = {name: ["full_attention"] * depth for name in per_layer if name == "layer_types"}
-        shape = cls(**family, **fields, **plain)
+        fields: dict[str, Any] = {
+            "backbone": backbone,
+            "num_recursions": num_recursions,
+            "num_hidden_layers": depth,
+            **mor_fields,
+        }
+        if "layer_types" in per_layer:
+            fields["layer_types"] = ["full_attention"] * depth
+        shape = cls(**family, **fields)
         uses = first_uses(shape.physical_layers)
         for name, entries in per_layer.items():
             source = source_layers or [uses[layer] for layer in range(shape.num_physical_layers)]
-            per_layer[name] = [entries[source[layer]] for layer in shape.physical_layers]
-        return cls(**family, **fields, **per_layer)
+            fields[name] = [entries[source[layer]] for layer in shape.physical_layers]
+        return cls(**family, **fields)

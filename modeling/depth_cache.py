@@ -247,6 +247,44 @@ class StaticDepthLayer(StaticLayer):
             self.active[0].copy_(self.active[0][beam_idx.to(self.active[0].device)])
 
 
+class ReadingLayer(CacheLayerMixin):
+    """Stands in a slot whose layer reads the keys and values of the first recursion: it stores nothing."""
+
+    is_compileable = True
+    is_croppable = True
+    is_sliding = False
+    supports_early_init = False
+
+    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
+        raise RuntimeError("this slot reads the keys and values of the first recursion and must not be written.")
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        raise RuntimeError("this slot reads the keys and values of the first recursion and must not be written.")
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return query_length, 0
+
+    def get_seq_length(self) -> int:
+        return 0
+
+    def get_max_length(self) -> int:
+        return -1
+
+    def get_max_cache_shape(self) -> int:
+        return -1
+
+    def crop(self, tokens_to_remove: int) -> None:
+        pass
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        pass
+
+    def batch_select_indices(self, indices: torch.Tensor) -> None:
+        pass
+
+
 class SlotView:
     """Maps a shared layer's own index to its slot at the current recursion.
 
@@ -304,13 +342,16 @@ class SharedReader:
         return (keys, values) if self.rows is None else (keys[self.rows], values[self.rows])
 
 
-def adopt_cache(cache: Cache | None, config: PreTrainedConfig, groups: list[list[int]]) -> Cache | None:
+def adopt_cache(
+    cache: Cache | None, config: PreTrainedConfig, groups: list[list[int]], reading: set[int]
+) -> Cache | None:
     """Prepares a stock cache for a routed model, in place: routed slots get layers that hold rows of unequal length.
 
     Args:
         cache: a fresh `DynamicCache` or `StaticCache`, or one that has been adopted before.
         config: the flat configuration; `num_hidden_layers` is the number of slots.
         groups: the slots of each routed group.
+        reading: slots that stay empty because their layers read those of the first recursion.
 
     Raises:
         ValueError: for a quantized cache, and for one filled by another model.
@@ -322,10 +363,10 @@ def adopt_cache(cache: Cache | None, config: PreTrainedConfig, groups: list[list
             "`past_key_values` is a quantized cache, which cannot hold rows of unequal length; use the default cache "
             "or cache_implementation='static'."
         )
-    seen = cache.get_seq_length()
-    if not isinstance(seen, int) or seen > 0:
+    seen = int(cache.get_seq_length())
+    if seen > 0:
         raise ValueError(
-            f"`past_key_values` has already seen {int(seen)} tokens, but was not filled by this model: it does not "
+            f"`past_key_values` has already seen {seen} tokens, but was not filled by this model: it does not "
             "know at which depths they are stored; start with an empty cache."
         )
     if cache.layer_class_to_replicate is not None:
@@ -338,7 +379,7 @@ def adopt_cache(cache: Cache | None, config: PreTrainedConfig, groups: list[list
         )
     for group in groups:
         if cache.is_compileable:
-            length = max(layer.get_max_length() for layer in cache.layers)
+            length = _stream_length(cache)
             active: list[torch.Tensor | None] = [None]
             replaced: list[CacheLayerMixin] = [StaticDepthLayer(length, active, slot == group[0]) for slot in group]
         else:
@@ -346,8 +387,22 @@ def adopt_cache(cache: Cache | None, config: PreTrainedConfig, groups: list[list
             replaced = [DepthLayer(index, slot == group[0]) for slot in group]
         for slot, layer in zip(group, replaced, strict=True):
             cache.layers[slot] = layer
+    for slot in reading:
+        cache.layers[slot] = ReadingLayer()
     cache._adopted_groups = groups
     return cache
+
+
+def _stream_length(cache: Cache) -> int:
+    """Columns of a static cache: sliding layers, which know only their window, do not tell."""
+    lengths = [layer.get_max_length() for layer in cache.layers if not getattr(layer, "is_sliding", False)]
+    length = getattr(cache, "stream_length", max(lengths, default=None))
+    if length is None:
+        raise ValueError(
+            "`past_key_values` is a static cache whose layers all slide, so that its length is unknown; let "
+            "`generate` make it with cache_implementation='static', or set `past_key_values.stream_length`."
+        )
+    return length
 
 
 def advance(cache: Cache | None, groups: list[list[int]], tokens: int) -> None:

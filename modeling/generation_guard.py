@@ -9,7 +9,9 @@ from transformers import GenerationConfig
 class RoutedGenerationGuard:
     """Mixed into `XForCausalLM` of a routed architecture. Everything else in `generate` is transformers' own."""
 
-    def _prepare_cache_for_generation(self, generation_config: GenerationConfig, *args: Any, **kwargs: Any) -> Any:
+    def _prepare_cache_for_generation(
+        self, generation_config: GenerationConfig, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
+    ) -> Any:
         if getattr(self.config, "inference_rule", None) == "topk" and self.config.routing != "none":
             raise ValueError(
                 "inference_rule is 'topk', which looks at future tokens and exists for measuring only; set "
@@ -25,7 +27,11 @@ class RoutedGenerationGuard:
                 f"assistant_early_exit is {generation_config.assistant_early_exit}, but early exit by layer would cut "
                 "a recursion short; pass a smaller model as `assistant_model`, or use `prompt_lookup_num_tokens`."
             )
-        return super()._prepare_cache_for_generation(generation_config, *args, **kwargs)
+        result = super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
+        cache = model_kwargs.get("past_key_values")
+        if cache is not None and cache.is_compileable and hasattr(self, "_previous_max_cache_length"):
+            cache.stream_length = self._previous_max_cache_length
+        return result
 
     def init_continuous_batching(self, *args: Any, **kwargs: Any) -> Any:
         raise NotImplementedError(

@@ -236,7 +236,9 @@ class LayerRunner:
         hook = None
         if self.recorder.attentions is not None:
             store = self.recorder.attentions
-            hook = module.self_attn.register_forward_hook(lambda _, args, output: store.append(place(output[1])))
+            hook = module.self_attn.register_forward_hook(
+                lambda _, args, output: store.append(None if output[1] is None else place(output[1]))
+            )
         try:
             return module(
                 hidden_states,

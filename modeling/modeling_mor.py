@@ -133,6 +133,16 @@ class MoRModel(MoRPreTrainedModel):
             if config.kv_mode == "recursion" and not self.always_active[r]
         ]
 
+    @property
+    def reading_slots(self) -> set[int]:
+        """Cache slots that stay empty because their layers read those of the first recursion."""
+        if self.config.kv_mode != "shared":
+            return set()
+        recursions = range(1, self.config.num_recursions)
+        return {
+            slot for block in self.config.recursive_blocks for r in recursions for slot in layer_group(block, r).slots
+        }
+
     @merge_with_config_defaults
     @can_return_tuple
     def forward(
@@ -163,23 +173,22 @@ class MoRModel(MoRPreTrainedModel):
         check_attention(config, routed=config.routing != "none")
         if self.training and self.gradient_checkpointing:
             past_key_values = self._check_checkpointing()
+        if use_cache and past_key_values is None and not self.training:
+            past_key_values = DynamicCache(config=config)
+        cache = adopt_cache(past_key_values, config, self.routed_slots, self.reading_slots)
         if inputs_embeds is None:
             inputs_embeds = self.embed_tokens(input_ids)
         scale_embeddings = family_of(config).scale_embeddings
         hidden_states = inputs_embeds
         if scale_embeddings is not None:
             hidden_states = scale_embeddings(config, hidden_states, self.training)
-        if use_cache and past_key_values is None and not self.training:
-            past_key_values = DynamicCache(config=config)
-        cache = adopt_cache(past_key_values, config, self.routed_slots)
-
         items = kwargs.pop("num_items_in_batch", None)
         recorder = LayerRecorder(
             hidden_states=[] if _wanted(config, kwargs, "output_hidden_states") else None,
             attentions=[] if _wanted(config, kwargs, "output_attentions") else None,
         )
         kinds = attention_kinds(config)
-        stored_partly = {slot for group in self.routed_slots for slot in group} | self._reading_slots()
+        stored_partly = {slot for group in self.routed_slots for slot in group} | self.reading_slots
         dense_slots = {kind: i for i, kind in reversed(list(enumerate(kinds))) if i not in stored_partly}
         context = AttentionContext(
             config,
@@ -210,14 +219,6 @@ class MoRModel(MoRPreTrainedModel):
             token_depth=trace.depth,
             router_logits=torch.cat(trace.logits, dim=-1) if trace.logits else None,
         )
-
-    def _reading_slots(self) -> set[int]:
-        """Slots that stay empty because their layers read those of the first recursion."""
-        config = self.config
-        if config.kv_mode != "shared":
-            return set()
-        return {s for block in config.recursive_blocks for r in range(1, config.num_recursions)
-                for s in layer_group(block, r).slots}  # fmt: skip
 
     def _check_checkpointing(self) -> None:
         """Gradient checkpointing works without a cache."""
