@@ -241,7 +241,7 @@ def heal(
 
 
 def bfloat16_is_faster() -> bool:
-    """Whether this machine multiplies bf16 matrices in hardware: some processors emulate it, a hundred times slower."""
+    """Whether this machine multiplies bf16 matrices in hardware: some emulate it, 100 times slower."""
     if torch.cuda.is_available():
         return torch.cuda.is_bf16_supported()
     seconds = {}

@@ -81,9 +81,8 @@ class TimeLimitCallback(TrainerCallback):
         if self.progress and state.is_world_process_zero:
             self._bar = tqdm(
                 total=self.seconds,
-                desc="training",
-                bar_format="{desc} {percentage:3.0f}%|{bar:24}| {postfix}",
-                postfix=f"{_clock(self.seconds)} left",
+                desc=f"{_clock(self.seconds)} left",
+                bar_format="training {percentage:3.0f}%|{bar:24}| {desc}",
             )
 
     def on_step_end(self, args, state, control, **kwargs: Any) -> None:
@@ -120,7 +119,7 @@ class TimeLimitCallback(TrainerCallback):
             parts.append(f"loss {self._loss:.3f}")
         parts.append(f"{_clock(max(0.0, self.seconds - elapsed))} left")
         self._bar.n = min(elapsed, self.seconds)
-        self._bar.set_postfix_str(", ".join(parts), refresh=True)
+        self._bar.set_description_str(", ".join(parts), refresh=True)
 
 
 def _clock(seconds: float) -> str:
