@@ -59,12 +59,13 @@ def pico_tokenizer() -> PreTrainedTokenizerFast:
     )
 
 
-def repeated_vanilla(folder: Path, layers_used: list[list[int]], types_of: list[int] | None = None, **load):
+def repeated_vanilla(folder: Path, layers_used: list[list[int]], **load):
     """The vanilla model of `folder` with the given source layers, averaged where there are several."""
     source = AutoModelForCausalLM.from_pretrained(folder, **load)
     config = source.config.to_dict() | {"num_hidden_layers": len(layers_used)}
-    if config.get("layer_types"):
-        config["layer_types"] = [config["layer_types"][i] for i in types_of or [group[0] for group in layers_used]]
+    for field in ("layer_types", "no_rope_layers"):
+        if config.get(field):
+            config[field] = [config[field][group[0]] for group in layers_used]
     config = CONFIG_MAPPING[source.config.model_type].from_dict(config)
     config._attn_implementation = source.config._attn_implementation
     model = AutoModelForCausalLM.from_config(config, dtype=source.dtype)

@@ -1,7 +1,11 @@
 """Converted checkpoints compute what the vanilla model with its layers repeated computes, and carry all files."""
 
 import json
+import os
+import subprocess
+import sys
 
+import pico_checkpoints
 import pytest
 import torch
 import yaml
@@ -12,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from varidepth import MoRForCausalLM
+from varidepth.configuration.backbone_config import BACKBONES
 from varidepth.conversion.convert import convert
 from varidepth.conversion.errors import ConversionError
 from varidepth.conversion.recipe import Recipe, shipped_recipes
@@ -67,6 +72,56 @@ def test_every_kind_starts_exactly_at_its_source(fields, tmp_path):
     result = convert(source, tmp_path / "mor", quiet=True, **fields)
     vanilla = repeated_vanilla(source, unrolled_sources(result.plan))
     assert torch.equal(logits_of(load(tmp_path / "mor")), logits_of(vanilla))
+
+
+@pytest.mark.parametrize("family", BACKBONES)
+def test_every_family_converts_and_unrolls(family, tmp_path):
+    source = save_pico(tmp_path / "source", family, layers=7, tokenizer=False)
+    options = {"attn_implementation": "eager"} if family == "gemma2" else {}
+    result = convert(source, tmp_path / "mor", num_recursions=2, init="upper", quiet=True)
+    logits = logits_of(load(tmp_path / "mor", **options))
+    assert torch.equal(logits, logits_of(repeated_vanilla(source, unrolled_sources(result.plan), **options)))
+    unroll(tmp_path / "mor", tmp_path / "vanilla", quiet=True)
+    assert torch.equal(logits, logits_of(load(tmp_path / "vanilla", **options)))
+    assert result.plan.full.parameters == sum(p.numel() for p in load(tmp_path / "mor").parameters())
+
+
+def test_the_checkpoint_loads_where_varidepth_is_not_installed(tmp_path):
+    source = save_pico(tmp_path / "source", "qwen3")
+    convert(source, tmp_path / "mor", num_recursions=2, init="lower", quiet=True)
+    torch.save(logits_of(load(tmp_path / "mor")), tmp_path / "expected.pt")
+    program = """
+import sys
+sys.modules["varidepth"] = None
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from pico_checkpoints import some_ids
+folder = sys.argv[1]
+model = AutoModelForCausalLM.from_pretrained(folder + "/mor", trust_remote_code=True).eval()
+with torch.no_grad():
+    assert torch.equal(model(some_ids()).logits, torch.load(folder + "/expected.pt"))
+AutoTokenizer.from_pretrained(folder + "/mor")
+"""
+    tests = os.path.dirname(pico_checkpoints.__file__)
+    environment = {**os.environ, "PYTHONPATH": tests, "HF_MODULES_CACHE": str(tmp_path / "modules")}
+    arguments = [sys.executable, "-c", program, str(tmp_path)]
+    done = subprocess.run(arguments, capture_output=True, text=True, timeout=120, env=environment, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr[-2000:]
+
+
+def test_a_hub_id(tmp_path, monkeypatch):
+    snapshot = save_pico(tmp_path / "snapshot")
+    asked = []
+
+    def download(name, *, revision, allow_patterns):
+        asked.append((name, revision, "*.safetensors" in allow_patterns))
+        return str(snapshot)
+
+    monkeypatch.setattr("varidepth.conversion.source_checkpoint.snapshot_download", download)
+    result = convert("someone/something", tmp_path / "mor", num_recursions=2, revision="v1", quiet=True)
+    assert asked == [("someone/something", "v1", True)]
+    assert result.plan.source == "someone/something"
+    assert ModelCard.load(tmp_path / "mor" / "README.md").data.base_model == "someone/something"
 
 
 def test_generation_equals_the_repeated_vanilla_model(tmp_path):
