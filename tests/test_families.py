@@ -1,0 +1,101 @@
+"""Law 3 per family: a MoR in which every token goes all the way is the vanilla model with its layers repeated."""
+
+import pytest
+import torch
+from tiny_families import NO_SDPA, VOCABULARY, switch_on, tiny_mor, vanilla_of
+
+from varidepth.configuration.backbone_config import BACKBONES
+
+
+FULLY_ON = {"router_bias": True, "gating": "interpolate", "capacities": [1.0, 1.0, 1.0]}
+PLAIN = {"routing": "none"}
+
+
+def _prompts() -> torch.Tensor:
+    return torch.randint(3, VOCABULARY, (2, 13), generator=torch.Generator().manual_seed(7))
+
+
+@pytest.mark.parametrize("fields", [PLAIN, FULLY_ON], ids=["none", "fully_on"])
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+@pytest.mark.parametrize("backbone", BACKBONES)
+@torch.no_grad()
+def test_is_bit_equal_to_the_vanilla_model_repeated(backbone, attention, fields):
+    if attention == "sdpa" and backbone in NO_SDPA:
+        pytest.skip(reason="the family caps its attention scores, which sdpa cannot do; refused, see below")
+    model = tiny_mor(backbone, attention=attention, **fields)
+    if fields is FULLY_ON:
+        switch_on(model)
+    vanilla = vanilla_of(model)
+    prompts = _prompts()
+    assert torch.equal(model(prompts).logits, vanilla(prompts).logits)
+    padded = torch.nn.functional.pad(prompts, (3, 0))
+    mask = (padded != 0).long()
+    torch.testing.assert_close(
+        model(padded, attention_mask=mask).logits, vanilla(padded, attention_mask=mask).logits, rtol=0, atol=1e-6
+    )
+    generate = {"max_new_tokens": 6, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+    assert torch.equal(model.generate(prompts, **generate), vanilla.generate(prompts, **generate))
+
+
+@pytest.mark.parametrize("sharing", ["cycle", "sequence", "middle_sequence"])
+@torch.no_grad()
+def test_every_sharing_strategy_is_a_repetition(sharing):
+    depth = 8 if sharing.startswith("middle") else 9
+    model = tiny_mor("smollm3", sharing=sharing, num_hidden_layers=depth, routing="none")
+    prompts = _prompts()
+    assert torch.equal(model(prompts).logits, vanilla_of(model)(prompts).logits)
+
+
+@torch.no_grad()
+def test_one_recursion_is_the_vanilla_model():
+    model = tiny_mor("llama", num_recursions=1, num_hidden_layers=4, capacities=[1.0], **{
+        "router_bias": True, "gating": "interpolate"})  # fmt: skip
+    switch_on(model)
+    prompts = _prompts()
+    assert model.config.num_physical_layers == 4
+    assert torch.equal(model(prompts).logits, vanilla_of(model)(prompts).logits)
+
+
+def test_softcapped_attention_under_sdpa_is_refused():
+    with pytest.raises(ValueError, match="caps its attention scores, which sdpa cannot do; use"):
+        tiny_mor("gemma2", attention="sdpa")
+
+
+def test_fused_qkv_under_shared_keys_is_refused():
+    with pytest.raises(ValueError, match="`kv_mode` is 'shared', but phi3 computes queries, keys and values in one"):
+        tiny_mor("phi3", kv_mode="shared")
+
+
+def test_flex_attention_on_routed_layers_is_refused():
+    model = tiny_mor()
+    model.config._attn_implementation = "flex_attention"
+    with pytest.raises(ValueError, match="attn_implementation is 'flex_attention', but routed layers"):
+        model(_prompts())
+
+
+@torch.no_grad()
+def test_shared_keys_skip_the_projections():
+    model = tiny_mor(kv_mode="shared", routing="none")
+    projection = model.model.layers[1].self_attn.k_proj
+    skipped = []
+    projection.register_forward_hook(lambda module, args, output: skipped.append(module.skipped))
+    model(_prompts())
+    assert skipped == [False, True, True]
+
+
+@torch.no_grad()
+def test_packed_documents_do_not_see_each_other():
+    model = tiny_mor(attention="sdpa")
+    first, second = _prompts()[:1, :6], _prompts()[1:, :7]
+    packed = torch.cat([first, second], dim=1)
+    positions = torch.cat([torch.arange(6), torch.arange(7)])[None]
+    alone = torch.cat([model(first, use_cache=False).logits, model(second, use_cache=False).logits], dim=1)
+    together = model(packed, position_ids=positions, use_cache=False).logits
+    torch.testing.assert_close(together, alone, rtol=1e-5, atol=1e-5)
+
+
+@torch.no_grad()
+def test_a_mask_of_the_wrong_width_is_refused():
+    prompts = _prompts()
+    with pytest.raises(ValueError, match="`attention_mask` has 4 columns, but the cache has seen 0 tokens and 13 are"):
+        tiny_mor()(prompts, attention_mask=torch.ones(2, 4, dtype=torch.long))

@@ -1,0 +1,156 @@
+"""Laws 1 and 2 over random small models: whatever way the same tokens are fed, the logits are the same."""
+
+import functools
+
+import pytest
+import torch
+from hypothesis import HealthCheck, assume, event, given, settings
+from hypothesis import strategies as st
+from tiny_families import NO_SDPA, VOCABULARY, decision_margin, tiny_mor
+
+from varidepth.configuration.backbone_config import BACKBONES
+
+
+CASES = 340
+TOLERANCE = 1e-5
+
+
+@st.composite
+def models(draw) -> tuple:
+    """A hashable description of a model, so that built ones are reused."""
+    routing = draw(st.sampled_from(["expert_choice", "expert_choice", "token_choice", "none"]))
+    sharing = draw(st.sampled_from(["cycle", "sequence", "middle_cycle", "middle_sequence"]))
+    recursions = draw(st.integers(2, 3))
+    shared_layers = draw(st.integers(1, 2))
+    middle = sharing.startswith("middle")
+    prelude, coda = draw(st.sampled_from([(1, 1), (2, 1), (0, 1), (1, 0)])) if middle else (0, 0)
+    kv_mode = draw(st.sampled_from(["recursion", "shared"]))
+    backbone = draw(st.sampled_from([b for b in BACKBONES if kv_mode == "recursion" or b != "phi3"]))
+    fields = {
+        "routing": routing,
+        "sharing": sharing,
+        "num_recursions": recursions,
+        "prelude_layers": prelude,
+        "coda_layers": coda,
+        "num_hidden_layers": prelude + coda + recursions * shared_layers,
+        "kv_mode": kv_mode,
+        "gating": draw(st.sampled_from(["weighted", "additive", "interpolate"])),
+    }
+    if routing == "expert_choice":
+        full_first = kv_mode == "shared" or draw(st.booleans())
+        fields["capacities"] = tuple([1.0 if full_first else 0.7, 0.5, 0.3][:recursions])
+        fields["inference_rule"] = draw(st.sampled_from(["threshold", "predictor"]))
+        fields["router_activation"] = draw(st.sampled_from(["sigmoid", "tanh"]))
+    if routing == "token_choice":
+        fields["balancing"] = draw(st.sampled_from(["loss", "loss_free"]))
+        fields["router_activation"] = draw(st.sampled_from(["softmax", "sigmoid"]))
+    if routing != "none":
+        fields["router_type"] = draw(st.sampled_from(["linear", "mlp", "wide_mlp"]))
+    attention = "eager" if backbone in NO_SDPA else draw(st.sampled_from(["eager", "sdpa"]))
+    return backbone, attention, draw(st.integers(0, 1)), tuple(sorted(fields.items()))
+
+
+@functools.lru_cache(maxsize=64)
+def build(description):
+    backbone, attention, seed, fields = description
+    fields = {key: list(value) if isinstance(value, tuple) else value for key, value in fields}
+    return tiny_mor(backbone, attention=attention, seed=seed, **fields)
+
+
+def relative_error(given_logits: torch.Tensor, expected: torch.Tensor) -> float:
+    return float((given_logits - expected).abs().max() / expected.abs().max())
+
+
+@st.composite
+def batches(draw) -> tuple[list[list[int]], str, list[int]]:
+    """Rows of unequal length, a padding side, and the points at which the prompt is cut into chunks."""
+    token = st.integers(3, VOCABULARY - 1)
+    rows = draw(st.lists(st.lists(token, min_size=1, max_size=12), min_size=1, max_size=3))
+    width = max(map(len, rows))
+    cuts = draw(st.lists(st.integers(1, max(width - 1, 1)), max_size=3, unique=True))
+    return rows, draw(st.sampled_from(["left", "right"])), sorted(cut for cut in cuts if cut < width)
+
+
+@given(description=models(), batch=batches())
+@settings(max_examples=CASES, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@torch.no_grad()
+def test_one_truth(description, batch):
+    """Alone, in a padded batch, in chunks and token by token: the same logits."""
+    model = build(description)
+    rows, side, cuts = batch
+    width = max(map(len, rows))
+    alone = [model(torch.tensor([row]), use_cache=False, output_routing=True) for row in rows]
+    assume(min(decision_margin(model, output) for output in alone) > 1e-4)
+    event(f"routing {model.config.routing}, kv {model.config.kv_mode}, {side} padding, {len(cuts) + 1} chunks")
+
+    ids = torch.zeros(len(rows), width, dtype=torch.long)
+    mask = torch.zeros_like(ids)
+    places = [slice(width - len(row), width) if side == "left" else slice(0, len(row)) for row in rows]
+    for i, (row, place) in enumerate(zip(rows, places, strict=True)):
+        ids[i, place], mask[i, place] = torch.tensor(row), 1
+    positions = (mask.cumsum(1) - 1).clamp(min=0)
+
+    def check(logits: torch.Tensor, way: str) -> None:
+        for i, place in enumerate(places):
+            error = relative_error(logits[i, place], alone[i].logits[0])
+            assert error <= TOLERANCE, f"{way}: row {i} differs by {error:.1e}"
+
+    check(model(ids, attention_mask=mask, position_ids=positions, use_cache=False).logits, "batch")
+    for way, bounds in (("chunks", [0, *cuts, width]), ("steps", list(range(width + 1)))):
+        cache, logits = None, []
+        for start, stop in zip(bounds, bounds[1:], strict=False):
+            output = model(
+                ids[:, start:stop],
+                attention_mask=mask[:, :stop],
+                position_ids=positions[:, start:stop],
+                past_key_values=cache,
+                use_cache=True,
+            )
+            cache = output.past_key_values
+            logits.append(output.logits)
+        check(torch.cat(logits, dim=1), way)
+
+
+@given(description=models(), data=st.data())
+@settings(max_examples=60, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@torch.no_grad()
+def test_the_future_changes_nothing(description, data):
+    model = build(description)
+    ids = torch.tensor([data.draw(st.lists(st.integers(3, VOCABULARY - 1), min_size=2, max_size=12))])
+    at = data.draw(st.integers(1, ids.shape[1] - 1))
+    edited = ids.clone()
+    edited[0, at:] = data.draw(st.integers(3, VOCABULARY - 1))
+    before = model(ids, use_cache=False, output_routing=True)
+    assume(decision_margin(model, before) > 1e-4)
+    after = model(edited, use_cache=False, output_routing=True)
+    assert torch.equal(before.token_depth[:, :at], after.token_depth[:, :at])
+    assert relative_error(after.logits[:, :at], before.logits[:, :at]) <= TOLERANCE
+
+
+@torch.no_grad()
+def test_top_k_looks_at_the_future():
+    """Why `topk` is for measuring only: the official code evaluates with it."""
+    model = tiny_mor(inference_rule="topk", gating="interpolate")
+    ids = torch.randint(3, VOCABULARY, (1, 24), generator=torch.Generator().manual_seed(3))
+    edited = ids.clone()
+    edited[0, 20:] = torch.randint(3, VOCABULARY, (4,), generator=torch.Generator().manual_seed(4))
+    before, after = (model(x, use_cache=False, output_routing=True) for x in (ids, edited))
+    assert not torch.equal(before.token_depth[:, :20], after.token_depth[:, :20])
+    assert float((before.logits - after.logits)[:, :20].abs().max()) > 1e-3
+    with pytest.raises(ValueError, match="inference_rule is 'topk', which looks at future tokens"):
+        model.generate(ids, max_new_tokens=2)
+
+
+@torch.no_grad()
+def test_rewinding_the_cache_leaves_no_trace():
+    """What assisted decoding does: crop, and go on with other tokens."""
+    for fields in ({}, {"kv_mode": "shared"}, {"routing": "token_choice"}):
+        model = tiny_mor("gemma3_text", **fields)
+        ids = torch.randint(3, VOCABULARY, (2, 15), generator=torch.Generator().manual_seed(5))
+        whole = model(ids, use_cache=False).logits
+        first = model(ids[:, :8], use_cache=True)
+        first.past_key_values.activate_past_recording()
+        model(torch.flip(ids[:, 8:12], (1,)), past_key_values=first.past_key_values, use_cache=True)
+        first.past_key_values.crop(-4)
+        rest = model(ids[:, 8:], past_key_values=first.past_key_values, use_cache=True).logits
+        assert relative_error(rest, whole[:, 8:]) <= TOLERANCE
