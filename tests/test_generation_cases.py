@@ -28,9 +28,11 @@ from transformers.generation.streamers import BaseStreamer
 
 from varidepth import MoRConfig
 
+
 STEPS = 8
 TOLERANCE = 1e-5
 ALL = list(CASES)
+pytestmark = pytest.mark.timeout(120)
 each_case = pytest.mark.parametrize("case", ALL)
 
 
@@ -347,18 +349,18 @@ def test_static_cache_chunked_prefill_and_embeds(case: str) -> None:
 def decode(step: Callable[..., Any], model: Any, cache: Any, ids: torch.Tensor) -> torch.Tensor:
     """Prefill of 4 tokens by the plain model, then token by token through `step`; logits of all but the first 4."""
     model(input_ids=ids[:, :4], past_key_values=cache)
-    return torch.cat(
-        [
-            step(
-                input_ids=ids[:, place : place + 1], position_ids=torch.tensor([[place]]), past_key_values=cache
-            ).logits
-            for place in range(4, ids.shape[1])
-        ],
-        dim=1,
-    )
+    logits = []
+    for place in range(4, ids.shape[1]):
+        token, position = ids[:, place : place + 1], torch.tensor([[place]])
+        logits.append(step(input_ids=token, position_ids=position, past_key_values=cache).logits)
+    return torch.cat(logits, dim=1)
 
 
-@each_case
+# Capturing a graph takes seconds: one case per way of routing and of storing.
+COMPILED = ["none", "expert", "expert-predictor", "expert-shared", "token", "gemma2-token"]
+
+
+@pytest.mark.parametrize("case", COMPILED)
 def test_compiled_decode_on_a_static_cache(case: str) -> None:
     """One graph without breaks; `eager` as backend, since it is the capture that is tested."""
     torch.compiler.reset()
@@ -369,11 +371,12 @@ def test_compiled_decode_on_a_static_cache(case: str) -> None:
     assert relative_error(decode(step, model, cache, ids), full_logits(model, ids)[:, 4:]) <= TOLERANCE
 
 
-@each_case
+@pytest.mark.parametrize("case", ["expert", "token"])
 def test_compiled_decode_on_a_dynamic_cache(case: str) -> None:
+    """Graph breaks are allowed where routing waits for its counts; the tokens are the same."""
     torch.compiler.reset()
     model = build(case)
-    ids = slow_greedy(model, prompts()[0], STEPS)[0]
+    ids = slow_greedy(model, prompts()[0], STEPS)[0][:, :7]
     step = torch.compile(model.forward, backend="eager", dynamic=True)
     cache = DynamicCache(config=model.config)
     assert relative_error(decode(step, model, cache, ids), full_logits(model, ids)[:, 4:]) <= TOLERANCE

@@ -17,39 +17,71 @@ from tests.causal_lm_tester import TinyModelSuite
 from tests.test_memory_cleanup_mixin import MemoryCleanupMixin
 from transformers import AutoModelForCausalLM
 
+from tests import test_modeling_common
 from varidepth import MoRConfig, MoRForCausalLM, MoRForSequenceClassification, MoRModel
+
 
 COLUMN = 0.5  # size of the embedding columns that routers read
 LOGIT = 4.0  # size of the router logits that they give
 
 
-def steady(model_class: type) -> None:
-    """Wraps the initialisation of a model class as the module docstring says; weights from a file stay as they are."""
-    original = model_class._init_weights
-
-    def initialise(self: Any, module: torch.nn.Module) -> None:
-        original(self, module)
-        weight = getattr(module, "weight", None)
-        if weight is None or getattr(weight, "_is_hf_initialized", False):
-            return
-        with torch.no_grad():
-            if isinstance(module, torch.nn.Embedding):
-                ids = torch.arange(weight.shape[0], device=weight.device)
-                for column, period in enumerate((3, 2)):
-                    weight[:, column] = torch.where(ids % period == 0, -COLUMN, COLUMN).to(weight.dtype)
-            elif type(module).__name__ == "RouterBank":
-                weight.zero_()
-                for router in range(weight.shape[0]):
-                    if weight.shape[1] == 1:
-                        weight[router, 0, router % 2] = LOGIT / COLUMN
-                    else:
-                        weight[router, 0, 0], weight[router, 1, 0] = -LOGIT / COLUMN, LOGIT / COLUMN
-
-    model_class._init_weights = initialise
+def steady(module: torch.nn.Module) -> None:
+    """Sets the columns that routers read, and the routers, as the module docstring says."""
+    weight = module.weight
+    if isinstance(module, torch.nn.Embedding):
+        ids = torch.arange(weight.shape[0], device=weight.device)
+        for column, period in enumerate((3, 2)):
+            weight[:, column] = torch.where(ids % period == 0, -COLUMN, COLUMN).to(weight.dtype)
+        return
+    weight.zero_()
+    for router in range(weight.shape[0]):
+        if weight.shape[1] == 1:
+            weight[router, 0, router % 2] = LOGIT / COLUMN
+        else:
+            weight[router, 0, 0], weight[router, 1, 0] = -LOGIT / COLUMN, LOGIT / COLUMN
 
 
-for _class in (MoRModel, MoRForCausalLM, MoRForSequenceClassification):
-    steady(_class)
+def is_steadied(module: torch.nn.Module) -> bool:
+    return isinstance(module, torch.nn.Embedding) or type(module).__name__ == "RouterBank"
+
+
+def wrap_initialisation() -> None:
+    """A new model and weights that a checkpoint lacks are steadied; weights from a file stay as they are."""
+    construct, initialise = MoRModel.__init__, MoRModel._init_weights
+
+    @torch.no_grad()
+    def construct_steadied(self: MoRModel, *args: Any, **kwargs: Any) -> None:
+        construct(self, *args, **kwargs)
+        for module in self.modules():
+            if is_steadied(module) and module.weight.device.type != "meta":
+                steady(module)
+
+    @torch.no_grad()
+    def initialise_steadied(self: Any, module: torch.nn.Module) -> None:
+        initialise(self, module)
+        if is_steadied(module) and not getattr(module.weight, "_is_hf_initialized", False):
+            steady(module)
+
+    MoRModel.__init__ = construct_steadied
+    for model_class in (MoRModel, MoRForCausalLM, MoRForSequenceClassification):
+        model_class._init_weights = initialise_steadied
+
+
+def keep_to_own_fields() -> None:
+    """transformers' helper against flaky comparisons sets fields of every family; our config refuses foreign ones."""
+    original = test_modeling_common.set_config_for_less_flaky_test
+
+    def set_existing(config: Any) -> None:
+        before = set(vars(config))
+        original(config)
+        for name in set(vars(config)) - before:
+            delattr(config, name)
+
+    test_modeling_common.set_config_for_less_flaky_test = set_existing
+
+
+wrap_initialisation()
+keep_to_own_fields()
 
 
 class MoRSuite(TinyModelSuite):

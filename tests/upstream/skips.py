@@ -25,8 +25,15 @@ class Entry:
     flaky: bool = False
 
 
+MOR_MODES = ("plain", "expert_threshold", "expert_predictor", "expert_shared_kv", "token_choice")
+
 # Test name (a parameterised test without its suffix counts for all) -> entry.
-EXPECTED_FAILURES: dict[str, Entry] = {}
+EXPECTED_FAILURES: dict[str, Entry] = {
+    "test_num_layers_is_small": Entry(
+        "at most 2 layers are allowed; prelude, two recursions of one shared layer and coda are 4",
+        modes=MOR_MODES,
+    ),
+}
 
 # Regular expression on the reason that the test gives -> why it does not concern us.
 SELF_SKIPS: dict[str, str] = {
@@ -37,6 +44,8 @@ SELF_SKIPS: dict[str, str] = {
     r"[Tt]est requires (the )?(Flash Attention|kernels|deepspeed|torchao)": "needs a package for accelerators",
     r"Need at least \d+ FSDP workers": "needs more processor cores",
     r"Not a prioritized model for now": "transformers 5.18 to 5.22 run it only for files with its copyright line",
+    r"No usage of the `capture_outputs` decorator": "outputs are recorded by the model itself",
+    r"Cannot capture hidden states": "outputs are recorded by the model itself",
     r"test is slow": "marked slow by transformers",
     r"[Nn]ot (a )?composite|No subconfigs so|composite model": "models made of several models",
     r"sequence-to-sequence language modeling head": "encoder-decoder models",

@@ -5,6 +5,7 @@ Values differ from the defaults of `PreTrainedConfig`, so that a value that is d
 
 from transformers import PreTrainedConfig
 
+
 _candidates = {
     "return_dict": False,
     "output_hidden_states": True,

@@ -24,6 +24,7 @@ from transformers import PreTrainedTokenizerFast
 
 from tests import test_fsdp_mixin, test_pipeline_mixin, test_tensor_parallel_mixin
 
+
 # The mixins run their multi-process cases for a list of transformers' own model types; None means every model.
 test_fsdp_mixin.FSDP_DISTRIBUTED_TEST_MODEL_TYPES = None
 test_tensor_parallel_mixin.TP_DISTRIBUTED_TEST_MODEL_TYPES = None
