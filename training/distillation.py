@@ -57,7 +57,7 @@ class DistillationTrainer(Trainer):
         if chunk < 1:
             raise ValueError(f"chunk={chunk} holds no token: give a number of at least 1.")
         student = _innermost(self.model)
-        sizes = [model.get_input_embeddings().weight.shape[0] for model in (teacher, student)]
+        sizes = [model.config.get_text_config().vocab_size for model in (teacher, student)]
         if sizes[0] != sizes[1]:
             raise ValueError(
                 f"The teacher has a vocabulary of {sizes[0]} and the student one of {sizes[1]}: distillation compares "
@@ -109,7 +109,9 @@ class DistillationTrainer(Trainer):
             teacher_hidden = backbone_of(self.teacher)(**inputs, use_cache=False).last_hidden_state
         targets = nn.functional.pad(labels[:, 1:], (0, 1), value=-100)
         items = targets.ne(-100).sum().clamp(min=1) if num_items_in_batch is None else num_items_in_batch
-        own = {"adds_router_loss": True, "num_items_in_batch": items} if isinstance(student, CausalLMHead) else {}
+        own: dict[str, Any] = {}
+        if isinstance(student, CausalLMHead):
+            own = {"adds_router_loss": True, "num_items_in_batch": items}
         outputs = backbone_of(student)(**inputs, **own, use_cache=False)
         loss, cross_entropy, kl = chunked_distillation_loss(
             outputs.last_hidden_state.flatten(0, 1),
@@ -149,7 +151,7 @@ class DistillationTrainer(Trainer):
         super().log(logs, start_time)
 
 
-def _innermost(model: nn.Module) -> PreTrainedModel:
+def _innermost(model: Any) -> PreTrainedModel:
     """The model itself, without DDP, torch.compile and PEFT around it."""
     while hasattr(model, "module") or hasattr(model, "_orig_mod"):
         model = model.module if hasattr(model, "module") else model._orig_mod

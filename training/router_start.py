@@ -11,6 +11,9 @@ from transformers import PreTrainedModel
 from ..modeling.token_routing import RouterBank, logit_threshold
 
 
+OPEN = 20.0  # the sigmoid of this logit is 1 in fp32
+
+
 @torch.no_grad()
 def start_routers(
     model: PreTrainedModel,
@@ -55,13 +58,13 @@ def start_routers(
     model.eval()
     try:
         for router in range(config.num_routers):
-            _open(routers, router)
+            _set(routers, router, OPEN)
         full, states = _measure(model, batches, set(chosen))
         found = {}
         for router in chosen:
-            _shut(routers, router)
+            _set(routers, router, -OPEN)
             without, _ = _measure(model, batches, set())
-            _open(routers, router)
+            _set(routers, router, OPEN)
             found[router] = (states[router], without - full)
     finally:
         model.train(was_training)
@@ -77,14 +80,10 @@ def start_routers(
     return correlations
 
 
-def _open(routers: RouterBank, router: int) -> None:
+def _set(routers: RouterBank, router: int, logit: float) -> None:
+    assert routers.bias is not None
     routers.weight[router] = 0.0
-    routers.bias[router] = 20.0  # sigmoid(20) is 1 in fp32
-
-
-def _shut(routers: RouterBank, router: int) -> None:
-    routers.weight[router] = 0.0
-    routers.bias[router] = -20.0
+    routers.bias[router] = logit
 
 
 def _measure(
