@@ -166,12 +166,13 @@ def check_output(output: Path, source: Path | None, *, overwrite: bool = False) 
 
 
 @contextmanager
-def new_folder(output: Path, needed_bytes: int) -> Iterator[Path]:
+def new_folder(output: Path, needed_bytes: int, *, overwrite: bool = False) -> Iterator[Path]:
     """A temporary folder beside `output` that replaces it on success and vanishes on failure.
 
     Args:
         output (`Path`): checked by `check_output`; missing parents are made, and unmade on failure.
         needed_bytes (`int`): size of what will be written, refused at once where the disk is too small.
+        overwrite (`bool`): allow to replace a checkpoint.
 
     Raises:
         ConversionError: if the disk is full or cannot be written.
@@ -189,6 +190,7 @@ def new_folder(output: Path, needed_bytes: int) -> Iterator[Path]:
         temporary = Path(tempfile.mkdtemp(prefix=f".{output.name}.", dir=output.parent))
         yield temporary
         temporary.chmod(0o777 & ~_umask())
+        check_output(output, None, overwrite=overwrite)  # again: the conversion took its time
         _replace(temporary, output)
     except BaseException as error:
         if temporary is not None:

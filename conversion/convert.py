@@ -91,7 +91,7 @@ def convert(
     config = blueprint.config
     config.architectures = [MoRForCausalLM.__name__]
     config.auto_map = auto_map_of(MoRForCausalLM.remote_classes)
-    with new_folder(target, sum(tensor.nbytes for tensor in blueprint.targets)) as folder:
+    with new_folder(target, sum(tensor.nbytes for tensor in blueprint.targets), overwrite=overwrite) as folder:
         write_weights(folder, blueprint.targets, settings.max_shard_bytes, quiet=quiet)
         export_remote_code(folder, MoRForCausalLM.remote_classes)
         config.save_pretrained(folder)

@@ -113,6 +113,8 @@ class Recipe:
                 raise ConversionError(f"`{key}` is no field of a recipe; {hint}")
         given = {key: value for key, value in fields.items() if value is not None}
         settings = {key: value for key, value in given.items() if key in own}
+        if settings.get("router_init") is True:  # YAML reads a bare `on` as true
+            settings["router_init"] = "on"
         mor = {key: _number(value, MOR_FIELDS[key]) for key, value in given.items() if key in MOR_FIELDS}
         if base is not None:
             return dataclasses.replace(base, **settings, mor={**base.mor, **mor})

@@ -119,7 +119,9 @@ def _download(source: str, revision: str | None) -> Path:
     if source.endswith(".gguf") or source.startswith((".", "/", "~")) or source.count("/") > 1 or "\\" in source:
         raise ConversionError(f"The source {source!r} does not exist; give a folder, a GGUF file or a Hub id.")
     try:
-        folder = Path(snapshot_download(source, revision=revision, allow_patterns=_OTHER_PATTERNS + ["*.safetensors"]))
+        folder = Path(
+            snapshot_download(source, revision=revision, allow_patterns=_OTHER_PATTERNS + ["model*.safetensors"])
+        )
         if not any(folder.glob("*.safetensors")):
             snapshot_download(source, revision=revision, allow_patterns=["pytorch_model*.bin"])
         return folder

@@ -67,7 +67,7 @@ def unroll(
         targets = [tensor for tensor in targets if tensor.name != "lm_head.weight"]
     check_tensors(TensorSource({t.name: torch.empty(t.shape, device="meta") for t in targets}), expected)
     vanilla.architectures = [type(model).__name__]
-    with new_folder(target, sum(tensor.nbytes for tensor in targets)) as folder:
+    with new_folder(target, sum(tensor.nbytes for tensor in targets), overwrite=overwrite) as folder:
         write_weights(folder, targets, limit, quiet=quiet)
         vanilla.save_pretrained(folder)
         copy_companions(checkpoint, folder)

@@ -32,14 +32,14 @@ def write_card(
     base_model = recipe.base_model or source.base_model
     tags = ["custom_code", "varidepth", "mixture-of-recursions", config.backbone]
     routing = {
-        "expert_choice": f"a router decides at each of up to {config.num_recursions} recursions which tokens go on",
+        "expert_choice": f"routers decide at each of up to {config.num_recursions} recursions which tokens go on",
         "token_choice": f"a router gives every token 1 to {config.num_recursions} recursions",
         "none": f"every token runs all {config.num_recursions} recursions",
     }[config.routing]
-    shared = config.num_shared_layers
+    unique, shared = config.prelude_layers, config.num_shared_layers
     description = (
-        f"{config.prelude_layers} unique layer(s), {shared} shared ones (`{config.sharing}`) of which {routing}, and "
-        f"{config.coda_layers} unique layer(s)."
+        f"{unique} unique layer(s), {shared} shared ones (`{config.sharing}`), and {config.coda_layers} "
+        f"unique layer(s) at the end; {routing}."
     )
     healed = any("official" in note for note in plan.notes)
     text = _fill(

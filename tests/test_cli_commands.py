@@ -75,7 +75,7 @@ def test_every_field_of_the_model_is_a_flag(source, tmp_path, capsys):
 
 def test_flags_go_before_the_recipe(source, tmp_path):
     recipe = tmp_path / "recipe.yaml"
-    recipe.write_text(f"source: {source}\nnum_recursions: 3\nrouting: none\naux_loss_coef: 1e-2\n")
+    recipe.write_text(f"source: {source}\nnum_recursions: 3\nrouting: none\nrouter_init: on\naux_loss_coef: 1e-2\n")
     arguments = ["convert", "--recipe", str(recipe), "-o", str(tmp_path / "mor"), "--recursions", "2", "--quiet"]
     assert main(arguments) == 0
     config = varidepth.MoRConfig.from_pretrained(tmp_path / "mor")

@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from varidepth import MoRForCausalLM
 from varidepth.configuration.backbone_config import BACKBONES
+from varidepth.conversion import convert as convert_module
 from varidepth.conversion.convert import convert
 from varidepth.conversion.errors import ConversionError
 from varidepth.conversion.recipe import Recipe, shipped_recipes
@@ -114,7 +115,7 @@ def test_a_hub_id(tmp_path, monkeypatch):
     asked = []
 
     def download(name, *, revision, allow_patterns):
-        asked.append((name, revision, "*.safetensors" in allow_patterns))
+        asked.append((name, revision, "model*.safetensors" in allow_patterns))
         return str(snapshot)
 
     monkeypatch.setattr("varidepth.conversion.source_checkpoint.snapshot_download", download)
@@ -316,3 +317,19 @@ def test_overwriting_replaces_a_checkpoint(tmp_path):
     names = {path.name for path in (tmp_path / "mor").iterdir()}
     assert "model.safetensors" in names and "model.safetensors.index.json" not in names
     assert {path.name for path in tmp_path.iterdir()} == {"source", "mor"}
+
+
+def test_an_output_that_appeared_meanwhile_is_kept(tmp_path, monkeypatch):
+    source = save_pico(tmp_path / "source")
+    write_card = convert_module.write_card
+
+    def slow_card(*arguments):
+        (tmp_path / "mor").mkdir()
+        (tmp_path / "mor" / "notes.txt").write_text("mine")
+        write_card(*arguments)
+
+    monkeypatch.setattr(convert_module, "write_card", slow_card)
+    with pytest.raises(ConversionError, match="not empty"):
+        convert(source, tmp_path / "mor", num_recursions=2, quiet=True)
+    assert {path.name for path in tmp_path.iterdir()} == {"source", "mor"}
+    assert [path.name for path in (tmp_path / "mor").iterdir()] == ["notes.txt"]
