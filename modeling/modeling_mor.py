@@ -35,7 +35,7 @@ from .depth_cache import SharedKeyValues, adopt_cache, advance
 from .generation_guard import RoutedGenerationGuard
 from .heads import CausalLMHead, RoutedModelOutputWithPast, SequenceClassificationHead
 from .layer_runner import Combine, LayerGroup, LayerRecorder, LayerRunner, Pick
-from .remote_code import RemoteCodeMixin, name_causal_lm
+from .remote_code import RemoteCodeMixin, register_class_names
 from .router_loss import RouterLossScale, RouterLossTerms, balancing_loss, inject, membership_loss, z_loss
 from .token_routing import (
     RouterBank,
@@ -52,7 +52,6 @@ from .token_routing import (
 
 class MoRPreTrainedModel(RemoteCodeMixin, BackbonePreTrainedModel):
     config: MoRConfig
-    _keep_in_fp32_modules_strict = ["routers", "predictors"]
 
     def _init_weights(self, module: nn.Module) -> None:
         if isinstance(module, RouterBank):
@@ -109,6 +108,7 @@ class MoRModel(MoRPreTrainedModel):
             self.register_buffer("routing_step", torch.zeros((), dtype=torch.long))
         if config.kv_mode == "shared":
             share_key_values([self.layers[layer] for block in config.recursive_blocks for layer in block.layers])
+        self._keep_in_fp32_modules_strict = {name for name in ("routers", "predictors") if hasattr(self, name)}
         self.router_loss_scale = RouterLossScale()
         self.gradient_checkpointing = False
         self.post_init()
@@ -432,4 +432,4 @@ MoRPreTrainedModel.remote_classes = {
     "AutoModelForCausalLM": MoRForCausalLM,
     "AutoModelForSequenceClassification": MoRForSequenceClassification,
 }
-name_causal_lm("mor", "MoRModel", "MoRForCausalLM")
+register_class_names("mor", MoRPreTrainedModel.remote_classes)

@@ -41,10 +41,15 @@ def export_remote_code(folder: str | Path, classes: dict[str, type]) -> list[str
     return sorted(sources)
 
 
-def name_causal_lm(model_type: str, base_class: str, causal_lm_class: str) -> None:
-    """Tells the class names to transformers: Trainer's label smoothing and `serve` look them up by name."""
-    modeling_auto.MODEL_MAPPING_NAMES[model_type] = base_class
-    modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[model_type] = causal_lm_class
+def register_class_names(model_type: str, classes: dict[str, type]) -> None:
+    """Tells transformers the class names by model type, as Trainer's label smoothing and pipelines look them up."""
+    tables = {
+        "AutoModel": modeling_auto.MODEL_MAPPING_NAMES,
+        "AutoModelForCausalLM": modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+        "AutoModelForSequenceClassification": modeling_auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
+    }
+    for auto, table in tables.items():
+        table[model_type] = classes[auto].__name__
 
 
 class RemoteCodeMixin:
@@ -89,8 +94,8 @@ def _flatten(module_name: str, source: str) -> tuple[str, list[str]]:
         target = ".".join([*module_name.split(".")[: -node.level], *(node.module or "").split(".")])
         if node.module is None or sys.modules[target].__file__.endswith("__init__.py"):
             raise ValueError(
-                f"{module_name} imports from the package {target}, but remote code is flat; import from the module "
-                "that defines the name."
+                f"{module_name} imports from the package {target.rstrip('.')}, but remote code is flat; import "
+                "from the module that defines the name."
             )
         imported.append(target)
         names = ", ".join(alias.name + (f" as {alias.asname}" if alias.asname else "") for alias in node.names)

@@ -1,0 +1,124 @@
+"""MoRConfig: typed, flat, round trips, and one clear sentence for every field that does not fit."""
+
+import json
+
+import pytest
+from tiny_families import FAMILY_FIELDS, SIZES
+from transformers import AutoConfig, Gemma2Config
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+from varidepth import MoRConfig
+from varidepth.configuration.backbone_config import BACKBONES, family_fields
+
+
+def make(**fields) -> MoRConfig:
+    return MoRConfig(**{"num_hidden_layers": 8, "num_recursions": 3, **SIZES, **fields})
+
+
+@pytest.mark.parametrize("backbone", BACKBONES)
+def test_round_trip(backbone, tmp_path):
+    config = make(backbone=backbone, **FAMILY_FIELDS.get(backbone, {}))
+    config.save_pretrained(tmp_path)
+    loaded = AutoConfig.from_pretrained(tmp_path)
+    ignored = {"_name_or_path"}
+    assert type(loaded) is MoRConfig
+    assert {k: v for k, v in loaded.to_dict().items() if k not in ignored} == {
+        k: v for k, v in config.to_dict().items() if k not in ignored
+    }
+    assert "layer_types" not in json.loads((tmp_path / "config.json").read_text()) or len(config.layer_types) == 8
+
+
+@pytest.mark.parametrize("backbone", BACKBONES)
+def test_from_backbone_takes_the_familys_own_fields(backbone):
+    source = CONFIG_MAPPING[backbone](num_hidden_layers=8, **SIZES, **FAMILY_FIELDS.get(backbone, {}))
+    config = MoRConfig.from_backbone(source, num_recursions=2)
+    per_layer = {"layer_types", "no_rope_layers"}
+    for name in family_fields(backbone) - per_layer:
+        assert getattr(config, name) == getattr(source, name), name
+    assert config.base_model_tp_plan == source.base_model_tp_plan
+
+
+@pytest.mark.parametrize(
+    ("sharing", "depth", "expected"),
+    [
+        ("cycle", 9, [0, 1, 2] * 3),
+        ("sequence", 9, [0, 0, 0, 1, 1, 1, 2, 2, 2]),
+        ("middle_cycle", 8, [0, 1, 2, 1, 2, 1, 2, 3]),
+        ("middle_sequence", 8, [0, 1, 1, 1, 2, 2, 2, 3]),
+    ],
+)
+def test_sharing_follows_table_1(sharing, depth, expected):
+    config = make(sharing=sharing, num_hidden_layers=depth)
+    assert config.physical_layers == expected
+    slots = [
+        b.start + r * len(b.layers) + j
+        for b in config.recursive_blocks
+        for r in range(3)
+        for j in range(len(b.layers))
+    ]
+    assert sorted(slots) == [i for i, layer in enumerate(expected) if expected.count(layer) > 1]
+
+
+def test_repeats_carry_the_attention_type_of_their_layer():
+    source = Gemma2Config(num_hidden_layers=8, **SIZES)
+    config = MoRConfig.from_backbone(source, num_recursions=3, source_layers=[0, 1, 2, 7])
+    assert [kind[0] for kind in config.layer_types] == list("sfsfsfsf")
+    shifted = MoRConfig.from_backbone(source, num_recursions=3, source_layers=[0, 2, 3, 7])
+    assert [kind[0] for kind in shifted.layer_types] == list("ssfsfsff")
+
+
+def test_default_capacities_and_router_settings():
+    config = make()
+    assert config.capacities == pytest.approx([1, 2 / 3, 1 / 3])
+    assert (config.router_activation, config.router_alpha, config.router_thresholds) == ("sigmoid", 0.1, [0.5] * 3)
+    token = make(routing="token_choice")
+    assert (token.router_activation, token.router_alpha, token.capacities) == ("softmax", 1.0, None)
+
+
+BAD = [
+    ({"hidden_sizee": 3}, "`hidden_sizee` is neither a field of MoRConfig.*did you mean `hidden_size`"),
+    ({"layer_types": ["full_attention"]}, "`layer_types` is neither a field"),
+    ({"backbone": "gpt2"}, "`backbone` is 'gpt2', but must be one of 'llama'"),
+    ({"sharing": "middle_cyle"}, "`sharing` is 'middle_cyle'.*did you mean 'middle_cycle'"),
+    ({"sharing": "middle_cycle", "prelude_layers": 0, "coda_layers": 0}, "use 'cycle' or give `prelude_layers`"),
+    ({"num_recursions": 4}, "`num_hidden_layers` is 8, of which 1 prelude and 1 coda.*use num_hidden_layers=6"),
+    ({"num_recursions": 0}, "`num_recursions` is 0, but must be at least 1"),
+    ({"prelude_layers": -1}, "`prelude_layers` is -1, but must be at least 0"),
+    ({"routing": "both"}, "`routing` is 'both', but must be one of"),
+    ({"capacities": [1.0, 0.5]}, "`capacities` has 2 entries, but must have one per recursion"),
+    ({"capacities": [0.5, 1.0, 1.0]}, "`capacities` is .*non-increasing"),
+    ({"capacities": [1.0, 0.5, 0.0]}, "`capacities` is .*above 0 and at most 1"),
+    ({"router_thresholds": [0.5, 0.5, 2.0]}, "`router_thresholds` is .*between 0 and 1"),
+    ({"router_thresholds": [0.5]}, "`router_thresholds` has 1 entries"),
+    ({"capacity_warmup_steps": -1}, "`capacity_warmup_steps` is -1"),
+    ({"router_type": "deep"}, "`router_type` is 'deep'"),
+    ({"router_activation": "softmax"}, "`router_activation` is 'softmax', but must be one of 'sigmoid', 'tanh'"),
+    ({"router_alpha": 0.0}, "`router_alpha` is 0.0, but must be positive"),
+    ({"gating": "lerp"}, "`gating` is 'lerp'"),
+    ({"inference_rule": "top_k"}, "`inference_rule` is 'top_k'.*did you mean 'topk'"),
+    ({"balancing": "bias"}, "`balancing` is 'bias'"),
+    ({"aux_loss_coef": -0.1}, "`aux_loss_coef` is -0.1, but must be zero or positive"),
+    ({"kv_mode": "share"}, "`kv_mode` is 'share'.*did you mean 'shared'"),
+    ({"kv_mode": "shared", "capacities": [0.9, 0.5, 0.3]}, "`kv_mode` is 'shared' and `capacities` starts with 0.9"),
+    ({"kv_mode": "shared", "backbone": "phi3"}, "phi3 computes queries, keys and values in one product"),
+    ({"routing": "none", "capacities": [1.0, 1.0, 1.0]}, "only routing='expert_choice' uses it"),
+    ({"routing": "token_choice", "inference_rule": "predictor"}, "only routing='expert_choice' uses it"),
+    ({"routing": "none", "router_alpha": 1.0}, "routing='none' has no router"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("fields", "message"), BAD, ids=[" ".join(f"{k}={v}" for k, v in f.items()) for f, _ in BAD])
+def test_bad_fields_are_refused_in_one_sentence(fields, message):
+    with pytest.raises(ValueError, match=message) as error:
+        make(**fields)
+    assert "\n" not in str(error.value)
+
+
+def test_wrong_types_are_refused():
+    with pytest.raises(Exception, match="Field 'num_recursions' expected int, got str"):
+        make(num_recursions="two")
+
+
+def test_per_layer_lists_must_cover_the_unrolled_depth():
+    with pytest.raises(Exception, match="layer_types"):
+        make(backbone="gemma2", layer_types=["full_attention"] * 4)
