@@ -26,7 +26,7 @@ from varidepth.analysis.depth_render import render_terminal, write_depth_map
 from varidepth.analysis.perplexity import held_out_loss
 from varidepth.conversion.convert import convert
 from varidepth.training.distillation import DistillationTrainer
-from varidepth.training.router_start import start_routers
+from varidepth.training.router_calibration import calibrate_thresholds, start_routers
 from varidepth.training.text_blocks import TokenBlocks, load_documents, split_documents, token_blocks
 from varidepth.training.time_limit import TimeLimitCallback
 
@@ -48,11 +48,12 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 folder, prompt, new_tokens = sys.argv[1], sys.argv[2], int(sys.argv[3])
-tokenizer = AutoTokenizer.from_pretrained(folder)
+tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
 model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
 inputs = tokenizer(prompt, return_tensors="pt")
 tokens = model.generate(**inputs, max_new_tokens=new_tokens, do_sample=False)[0].tolist()
 assert "varidepth" not in sys.modules
+print()
 print(json.dumps({"tokens": tokens, "module": type(model).__module__}))
 """
 
@@ -237,6 +238,7 @@ def heal(
     limit.attach(trainer)
     trainer.train()
     routing.start(model)  # where the time was too short for it
+    calibrate_thresholds(model, routing.sample.split(8))
     return limit.steps, limit.steps * limit.tokens_per_step
 
 
@@ -258,7 +260,7 @@ def bfloat16_is_faster() -> bool:
 def reload(folder: Path, prompt: str, new_tokens: int) -> dict:
     """Generates in a process of its own from the saved files alone."""
     command = [sys.executable, "-c", RELOAD, str(folder), prompt, str(new_tokens)]
-    done = subprocess.run(command, capture_output=True, text=True)
+    done = subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL)
     if done.returncode:
         sys.exit(f"The saved model cannot be loaded without varidepth:\n{done.stderr}")
     return json.loads(done.stdout.strip().splitlines()[-1])

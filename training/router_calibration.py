@@ -1,4 +1,4 @@
-"""Routers that start with an idea of who needs depth, for a model whose recursions all run fully so far."""
+"""Routers measured on text: a start that knows who gains from depth, and thresholds that meet the capacities."""
 
 from __future__ import annotations
 
@@ -78,6 +78,62 @@ def start_routers(
         routers.bias[router, 0] = logit_threshold(config.router_thresholds[recursion]) - below
         correlations[router] = torch.corrcoef(torch.stack([scores, gain]))[0, 1].item()
     return correlations
+
+
+@torch.no_grad()
+def calibrate_thresholds(model: PreTrainedModel, batches: Iterable[torch.Tensor]) -> list[float]:
+    """Sets `config.router_thresholds` so that on a text each recursion gets its share in `config.capacities`.
+
+    Training moves the states that the routers read, and the loss that keeps their scores about 0.5 may be too weak or
+    the training too short to follow. With one block (the cycle forms) the shares are met on this text; several blocks
+    share the threshold of a recursion, and what one lets in changes what the next reads, so they are met nearly.
+
+    Args:
+        model (`PreTrainedModel`): a MoR for causal language modelling with expert-choice routing.
+        batches: token ids of shape `(batch, seq_len)`; some thousand tokens are enough.
+
+    Returns:
+        The thresholds, on sigmoid(logit).
+
+    Raises:
+        ValueError: if there is no threshold to set, or no token.
+    """
+    config = model.config
+    if config.routing != "expert_choice" or config.inference_rule != "threshold":
+        raise ValueError(
+            f"routing is {config.routing!r} and inference_rule {config.inference_rule!r}, but only expert-choice "
+            "routers with the rule 'threshold' have thresholds to calibrate."
+        )
+    batches = [ids.to(model.device) for ids in batches]
+    if not sum(ids.numel() for ids in batches):
+        raise ValueError("The batches hold no token: give some text.")
+    was_training = model.training
+    model.eval()
+    try:
+        for recursion, capacity in enumerate(config.capacities):
+            if capacity < 1:
+                scores = torch.cat([_scores(model, ids, recursion) for ids in batches])
+                config.router_thresholds[recursion] = _threshold(scores, capacity)
+    finally:
+        model.train(was_training)
+    return config.router_thresholds
+
+
+def _scores(model: PreTrainedModel, ids: torch.Tensor, recursion: int) -> torch.Tensor:
+    """Logits of one recursion's routers, -inf where the token was no candidate."""
+    logits = model(ids, use_cache=False, output_routing=True, logits_to_keep=1).router_logits
+    assert logits is not None
+    return logits[..., recursion :: model.config.num_recursions].flatten().nan_to_num(nan=-torch.inf)
+
+
+def _threshold(scores: torch.Tensor, capacity: float) -> float:
+    """Halfway between the last score that enters and the first that does not."""
+    ordered = scores.sort(descending=True).values
+    entering = min(max(1, round(capacity * len(ordered))), len(ordered) - 1)
+    last, first = ordered[entering - 1], ordered[entering]
+    # where fewer candidates are left than the share, all of them enter
+    edge = (last + first) / 2 if torch.isfinite(first) else ordered[torch.isfinite(ordered)].min() - 1
+    return edge.double().sigmoid().item()
 
 
 def _set(routers: RouterBank, router: int, logit: float) -> None:
