@@ -3,14 +3,16 @@
     python benchmarks/decode_cost.py [--steps 40] [--past 200 1000] [--threads 2] [--clock wall] [--write]
 
 A 30-layer model of SmolLM2-135M's shape with random weights is timed as vanilla Llama and as MoR with two recursions,
-all in one process and in turns, so that a slow moment of the machine hits all alike. Times are medians over decode
-steps. The yardstick of a row is vanilla's own time for the head and as many layers as the row runs:
-head + (vanilla - head) * layers / 30.
+all in one process and in turns, in a new random order each time, so that neither a slow moment of the machine nor what
+the one before left in its caches favours anyone. Times are medians over decode steps; a second copy of vanilla shows
+how far apart equal work comes out. The yardstick of a row is vanilla's own time (both copies together) for the head
+and as many layers as the row runs: head + (vanilla - head) * layers / 30.
 """
 
 import argparse
 import os
 import platform
+import random
 import statistics
 import time
 from collections.abc import Callable
@@ -71,6 +73,7 @@ def contenders() -> list[Contender]:
     block = (LAYERS - 2) // 2
     return [
         Contender("vanilla", vanilla, LAYERS),
+        Contender("vanilla, second copy", make(LlamaForCausalLM, vanilla.config), LAYERS),
         Contender("MoR, no router", plain, LAYERS, (), ALL_TARGET),
         Contender("MoR, all active", opened, LAYERS, (1, 1), ALL_TARGET),
         Contender("MoR, recursion 2 skipped", half, 2 + block, (1, 0), HALF_TARGET),
@@ -110,7 +113,8 @@ def filled_cache(model: Any, past: int) -> Any:
 def measure(
     rows: list[Contender], past: int, steps: int, clock: Callable[[], float], warm_up: int = 3
 ) -> tuple[list[list[float]], list[float]]:
-    """Seconds of each decode step per contender, and of vanilla's head; all take turns, in an order that moves on."""
+    """Seconds of each decode step per contender, and of vanilla's head; all take turns, in a random order."""
+    order = random.Random(0)
     token, hidden = torch.tensor([[7]]), torch.randn(1, 1, SHAPE["hidden_size"])
     runs: list[Callable[[], Any]] = []
     for row in rows:
@@ -119,8 +123,7 @@ def measure(
     runs.append(partial(rows[0].model.lm_head, hidden))
     seconds: list[list[float]] = [[] for _ in runs]
     for step in range(steps + warm_up):
-        for turn in range(len(runs)):
-            i = (turn + step) % len(runs)
+        for i in order.sample(range(len(runs)), len(runs)):
             start = clock()
             runs[i]()
             elapsed = clock() - start
@@ -132,7 +135,7 @@ def measure(
 def table(rows: list[Contender], seconds: list[list[float]], head_seconds: list[float], past: int) -> list[str]:
     """Markdown lines."""
     medians, head = [statistics.median(times) for times in seconds], statistics.median(head_seconds)
-    whole = medians[0]
+    whole = statistics.median([*seconds[0], *seconds[1]])
     vanilla = rows[0].model.config
     vanilla_flops = forward_flops(vanilla, full_routing(vanilla, 1, past), logits=1).total
     lines = [
