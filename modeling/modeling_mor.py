@@ -175,7 +175,8 @@ class MoRModel(MoRPreTrainedModel):
             past_key_values = self._check_checkpointing()
         if use_cache and past_key_values is None and not self.training:
             past_key_values = DynamicCache(config=config)
-        cache = adopt_cache(past_key_values, config, self.routed_slots, self.reading_slots)
+        routed_slots, reading_slots = self.routed_slots, self.reading_slots
+        cache = adopt_cache(past_key_values, config, routed_slots, reading_slots)
         if inputs_embeds is None:
             inputs_embeds = self.embed_tokens(input_ids)
         scale_embeddings = family_of(config).scale_embeddings
@@ -188,7 +189,7 @@ class MoRModel(MoRPreTrainedModel):
             attentions=[] if _wanted(config, kwargs, "output_attentions") else None,
         )
         kinds = attention_kinds(config)
-        stored_partly = {slot for group in self.routed_slots for slot in group} | self.reading_slots
+        stored_partly = {slot for group in routed_slots for slot in group} | reading_slots
         dense_slots = {kind: i for i, kind in reversed(list(enumerate(kinds))) if i not in stored_partly}
         context = AttentionContext(
             config,
@@ -203,7 +204,7 @@ class MoRModel(MoRPreTrainedModel):
         runner = LayerRunner(self.layers, config, context, cache, recorder, kwargs)
         recursion = Recursion(self, runner, output_routing)
         hidden_states = self.norm(recursion.forward(hidden_states))
-        advance(cache, self.routed_slots, context.seq_len)
+        advance(cache, routed_slots, context.seq_len)
 
         recorder.replace_last(hidden_states)
         aux_loss = recursion.losses.mean(self.router_loss_scale.items if items is None else items)
