@@ -2,7 +2,7 @@
 
 import sys
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -77,6 +77,8 @@ def convert(
     if target is None and not dry_run:
         raise ConversionError("There is no output; give a folder for the new checkpoint, or ask for a dry run.")
     local = Path(where) if Path(where).exists() else None
+    if local is not None:
+        settings = replace(settings, source=None)  # a path of this machine has no place in what is published
     if target is not None:
         check_output(target, local, overwrite=overwrite)
     checkpoint = open_source(where, revision=revision)

@@ -80,6 +80,8 @@ def test_flags_go_before_the_recipe(source, tmp_path):
     assert main(arguments) == 0
     config = varidepth.MoRConfig.from_pretrained(tmp_path / "mor")
     assert (config.num_recursions, config.routing, config.aux_loss_coef) == (2, "none", 0.01)
+    for name in ("varidepth_recipe.yaml", "varidepth_plan.json", "README.md", "config.json"):
+        assert str(tmp_path) not in (tmp_path / "mor" / name).read_text()
 
 
 @pytest.mark.parametrize("recursive", [True, False])
