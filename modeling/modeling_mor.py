@@ -96,6 +96,7 @@ class MoRModel(MoRPreTrainedModel):
         super().__init__(config)
         self.embed_tokens, self.norm, self.rotary_emb = build_parts(config)
         self.layers = build_layers(config, first_uses(config.physical_layers))
+        self.blocks = [_layer_groups(block, config.num_recursions) for block in config.recursive_blocks]
         if config.routing != "none":
             outputs = 1 if config.routing == "expert_choice" else config.num_recursions
             shape = (config.num_routers, config.hidden_size, outputs, router_expansion(config.router_type))
@@ -103,7 +104,7 @@ class MoRModel(MoRPreTrainedModel):
             if config.inference_rule == "predictor":
                 self.predictors = RouterBank(*shape, bias=config.router_bias)
         if config.routing == "token_choice" and config.balancing == "loss_free":
-            self.register_buffer("balancing_bias", torch.zeros(len(config.recursive_blocks), config.num_recursions))
+            self.register_buffer("balancing_bias", torch.zeros(len(self.blocks), config.num_recursions))
         if config.capacity_warmup_steps:
             self.register_buffer("routing_step", torch.zeros((), dtype=torch.long))
         if config.kv_mode == "shared":
@@ -122,26 +123,17 @@ class MoRModel(MoRPreTrainedModel):
             return [capacity == 1 and not warming for capacity in config.capacities]
         return [config.routing == "none" or r == 0 for r in range(config.num_recursions)]
 
-    @property
-    def routed_slots(self) -> list[list[int]]:
-        """Cache slots of each block and recursion that only some tokens enter."""
-        config = self.config
-        return [
-            list(layer_group(block, r).slots)
-            for block in config.recursive_blocks
-            for r in range(config.num_recursions)
-            if config.kv_mode == "recursion" and not self.always_active[r]
-        ]
+    def _partial_slots(self, always_active: list[bool]) -> tuple[list[list[int]], set[int]]:
+        """Cache slots that do not hold every token.
 
-    @property
-    def reading_slots(self) -> set[int]:
-        """Cache slots that stay empty because their layers read those of the first recursion."""
-        if self.config.kv_mode != "shared":
-            return set()
-        recursions = range(1, self.config.num_recursions)
-        return {
-            slot for block in self.config.recursive_blocks for r in recursions for slot in layer_group(block, r).slots
-        }
+        Returns:
+            The slots of each block and recursion that only some tokens enter, and the slots that stay empty because
+            their layers read those of the first recursion.
+        """
+        if self.config.kv_mode == "shared":
+            return [], {slot for block in self.blocks for group in block[1:] for slot in group.slots}
+        groups = [group for block in self.blocks for group in block if not always_active[group.recursion]]
+        return [list(group.slots) for group in groups], set()
 
     @merge_with_config_defaults
     @can_return_tuple
@@ -175,7 +167,8 @@ class MoRModel(MoRPreTrainedModel):
             past_key_values = self._check_checkpointing()
         if use_cache and past_key_values is None and not self.training:
             past_key_values = DynamicCache(config=config)
-        routed_slots, reading_slots = self.routed_slots, self.reading_slots
+        always_active = self.always_active
+        routed_slots, reading_slots = self._partial_slots(always_active)
         cache = adopt_cache(past_key_values, config, routed_slots, reading_slots)
         if inputs_embeds is None:
             inputs_embeds = self.embed_tokens(input_ids)
@@ -199,10 +192,10 @@ class MoRModel(MoRPreTrainedModel):
             position_ids,
             cache,
             dense_slots,
-            reads_dense_keys=config.kv_mode == "shared" and not all(self.always_active),
+            reads_dense_keys=bool(reading_slots) and not all(always_active),
         )
         runner = LayerRunner(self.layers, config, context, cache, recorder, kwargs)
-        recursion = Recursion(self, runner, output_routing)
+        recursion = Recursion(self, runner, always_active, output_routing)
         hidden_states = self.norm(recursion.forward(hidden_states))
         advance(cache, routed_slots, context.seq_len)
 
@@ -231,21 +224,22 @@ class MoRModel(MoRPreTrainedModel):
             )
 
 
-def layer_group(block: RecursiveBlock, recursion: int) -> LayerGroup:
-    """The layers and cache slots of one recursion of a block."""
-    start = block.start + recursion * len(block.layers)
-    return LayerGroup(block.layers, tuple(range(start, start + len(block.layers))), recursion)
+def _layer_groups(block: RecursiveBlock, recursions: int) -> list[LayerGroup]:
+    """The layers and cache slots of each recursion of a block."""
+    width = len(block.layers)
+    starts = [block.start + r * width for r in range(recursions)]
+    return [LayerGroup(block.layers, tuple(range(s, s + width)), r) for r, s in enumerate(starts)]
 
 
 class Recursion:
     """One forward pass through prelude, recursive blocks and coda."""
 
-    def __init__(self, model: MoRModel, runner: LayerRunner, output_routing: bool):
+    def __init__(self, model: MoRModel, runner: LayerRunner, always_active: list[bool], output_routing: bool):
         self.model = model
         self.config = model.config
         self.runner = runner
         self.context = runner.context
-        self.always_active = model.always_active
+        self.always_active = always_active
         valid = self.context.valid
         self.trace = RoutingTrace(torch.zeros_like(valid, dtype=torch.long) if output_routing else None)
         self.losses = RouterLossTerms(valid)
@@ -258,7 +252,7 @@ class Recursion:
         self.runner.recorder.state(hidden_states)
         hidden_states = self.runner.run_dense(LayerGroup(prelude, prelude), hidden_states)
         run_block = self._token_choice if config.routing == "token_choice" else self._expert_choice
-        for number, block in enumerate(config.recursive_blocks):
+        for number, block in enumerate(self.model.blocks):
             hidden_states = run_block(number, block, hidden_states)
         first_layer = config.num_physical_layers - config.coda_layers
         first_slot = config.num_hidden_layers - config.coda_layers
@@ -268,7 +262,7 @@ class Recursion:
             self.model.routing_step.add_(1)
         return hidden_states
 
-    def _expert_choice(self, number: int, block: RecursiveBlock, hidden_states: torch.Tensor) -> torch.Tensor:
+    def _expert_choice(self, number: int, block: list[LayerGroup], hidden_states: torch.Tensor) -> torch.Tensor:
         """Recursions with hierarchical filtering: only tokens that entered one compete for the next (section 2.2.1).
 
         `routing="none"` is the case without routers.
@@ -277,19 +271,20 @@ class Recursion:
         shared = self._new_shared()
         active = self.context.valid
         selection: Selection | None = None
-        for r in range(config.num_recursions):
+        for r, group in enumerate(block):
             combine: Combine | None = None
             if config.routing == "expert_choice":
-                router = number * config.num_recursions + r
+                router = number * len(block) + r
                 logits = self._candidate_logits(self.model.routers, router, hidden_states, selection)
                 self.trace.record(logits.unsqueeze(-1), active)
                 active = self._decide(router, r, logits, hidden_states, active, selection)
                 combine = self._gated_by(
                     hidden_states, activate(logits, config.router_activation, config.router_alpha)
                 )
-            ended, selection, hidden_states = self._recur(block, r, active, hidden_states, combine, shared)
+            ended, selection, hidden_states = self._recur(group, active, hidden_states, combine, shared)
             if ended:
-                self.trace.record_unasked(config.num_recursions - r - 1)
+                self.runner.skip(sum(len(skipped.slots) for skipped in block[r:]), hidden_states)
+                self.trace.record_unasked(len(block) - r - 1)
                 break
         return hidden_states
 
@@ -322,7 +317,7 @@ class Recursion:
             self.losses.add(z_loss(logits.unsqueeze(-1)), candidates, config.router_z_loss_coef)
         return active
 
-    def _token_choice(self, number: int, block: RecursiveBlock, hidden_states: torch.Tensor) -> torch.Tensor:
+    def _token_choice(self, number: int, block: list[LayerGroup], hidden_states: torch.Tensor) -> torch.Tensor:
         """Every token chooses its depth at the block's entry and is gated once, where it leaves (section 2.2.1).
 
         As in the official code, the states in between are not gated (equation 2.2 of the paper gates each).
@@ -343,42 +338,40 @@ class Recursion:
                 self.losses.add(balancing_loss(probabilities, choice, valid), valid, config.balancing_coef)
         shared = self._new_shared()
         leave = self._gated_by(entry, gate)
-        for r in range(config.num_recursions):
+        for r, group in enumerate(block):
             here = (choice == r).unsqueeze(-1)
 
             def combine(update: torch.Tensor, pick: Pick, here: torch.Tensor = here) -> torch.Tensor:
                 return torch.where(pick(here), leave(update, pick), update)
 
-            ended, _, hidden_states = self._recur(block, r, valid & (choice >= r), hidden_states, combine, shared)
+            ended, _, hidden_states = self._recur(group, valid & (choice >= r), hidden_states, combine, shared)
             if ended:
+                self.runner.skip(sum(len(skipped.slots) for skipped in block[r:]), hidden_states)
                 break
         return hidden_states
 
     def _recur(
         self,
-        block: RecursiveBlock,
-        r: int,
+        group: LayerGroup,
         active: torch.Tensor,
         hidden_states: torch.Tensor,
         combine: Combine | None,
         shared: SharedKeyValues | None,
     ) -> tuple[bool, Selection | None, torch.Tensor]:
-        """Applies the block to the active tokens.
+        """Applies one recursion of a block to the active tokens.
 
         Returns:
             Whether no token entered, so that the block ends; the selection, `None` where all tokens were computed; and
             the new stream.
         """
-        group = layer_group(block, r)
         selection = None
-        if self.always_active[r]:
+        if self.always_active[group.recursion]:
             hidden_states = self.runner.run_dense(group, hidden_states, combine, shared)
         elif self.context.is_static:
             hidden_states = self.runner.run_masked(group, hidden_states, active, combine, shared)
         else:
             selection = Selection.from_mask(active)
             if selection is None:
-                self.runner.skip((self.config.num_recursions - r) * len(block.layers), hidden_states)
                 return True, None, hidden_states
             hidden_states = self.runner.run_selected(group, hidden_states, selection, combine, shared)
         self.trace.enter(active)

@@ -8,6 +8,7 @@ __version__ = "0.1.0"
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from varidepth.configuration.configuration_mor import MoRConfig
+from varidepth.conversion.convert import convert
 from varidepth.modeling.modeling_mor import MoRForCausalLM, MoRForSequenceClassification, MoRModel
 
 
@@ -20,4 +21,4 @@ def _register() -> None:
 
 _register()
 
-__all__ = ["MoRConfig", "MoRForCausalLM", "MoRForSequenceClassification", "MoRModel", "__version__"]
+__all__ = ["MoRConfig", "MoRForCausalLM", "MoRForSequenceClassification", "MoRModel", "__version__", "convert"]
