@@ -315,12 +315,15 @@ def test_distillation_moves_the_student_towards_the_teacher(converted, tmp_path)
         ({"temperature": 0.0}, "above 0"),
         ({"chunk": 0}, "at least 1"),
         ({"teacher": source_config(vocab_size=500)}, "vocabulary of 500"),
+        ({"label_smoothing_factor": 0.1}, "label_smoothing_factor"),
     ],
 )
 def test_distillation_refuses(fields, message, tmp_path):
+    fields = dict(fields)
+    args = arguments(tmp_path, label_smoothing_factor=fields.pop("label_smoothing_factor", 0.0))
     teacher = LlamaForCausalLM(fields.pop("teacher", source_config()))
     with pytest.raises(ValueError, match=message):
-        DistillationTrainer(model=build(**EXPERT), teacher=teacher, args=arguments(tmp_path), **fields)
+        DistillationTrainer(model=build(**EXPERT), teacher=teacher, args=args, **fields)
 
 
 def test_time_limit_stops_in_time(tmp_path, capsys):

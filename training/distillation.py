@@ -36,8 +36,8 @@ class DistillationTrainer(Trainer):
         args, kwargs: of `Trainer`.
 
     Raises:
-        ValueError: weight, temperature or chunk out of range, vocabularies of different size, or a model whose head is
-            not known.
+        ValueError: weight, temperature or chunk out of range, vocabularies of different size, a model whose head is
+            not known, another definition of the loss, or several GPUs in one process.
     """
 
     def __init__(
@@ -56,6 +56,16 @@ class DistillationTrainer(Trainer):
             raise ValueError(f"temperature={temperature} divides the logits: give a number above 0.")
         if chunk < 1:
             raise ValueError(f"chunk={chunk} holds no token: give a number of at least 1.")
+        if self.args.label_smoothing_factor or self.compute_loss_func is not None:
+            raise ValueError(
+                "label_smoothing_factor and compute_loss_func would change the loss that distillation defines itself: "
+                "leave them out."
+            )
+        if self.args.n_gpu > 1:
+            raise ValueError(
+                f"{self.args.n_gpu} GPUs in one process would copy the model at every step: start one process per GPU "
+                "with torchrun or accelerate, or set CUDA_VISIBLE_DEVICES to one."
+            )
         student = _innermost(self.model)
         sizes = [model.config.get_text_config().vocab_size for model in (teacher, student)]
         if sizes[0] != sizes[1]:
