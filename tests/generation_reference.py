@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, se
 
 from varidepth import MoRConfig
 
+
 VOCABULARY = 61
 PROMPT_LENGTHS = (9, 4, 7)
 
@@ -55,6 +56,10 @@ CASES: dict[str, dict[str, Any]] = {
         "layer_types": ["full_attention", "sliding_attention", "full_attention"] * 2,
     },
 }
+# As small as routing and a cache allow, for what takes seconds per layer.
+SMALLEST: dict[str, dict[str, Any]] = {
+    "smallest": EXPERT | {"num_hidden_layers": 2, "num_recursions": 2, "sharing": "cycle"},
+}
 
 
 def attention_of(case: str) -> str:
@@ -66,7 +71,7 @@ def attention_of(case: str) -> str:
 def build(case: str, attention: str | None = None) -> Any:
     """The case's model in eval mode, with routers strong enough to spread the tokens over the depths."""
     set_seed(0)
-    config = MoRConfig(**SIZES | CASES[case])
+    config = MoRConfig(**SIZES | (CASES | SMALLEST)[case])
     model = AutoModelForCausalLM.from_config(config, attn_implementation=attention or attention_of(case)).eval()
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():

@@ -22,6 +22,9 @@ from collections import Counter, defaultdict
 from pathlib import Path
 from typing import Any
 
+import skips
+from skips import DISTRIBUTED_MODES
+
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent.parent
@@ -99,7 +102,7 @@ def add_pipeline_modules(tests: Path) -> None:
         (folder / f"{module}.py").write_text(text)
 
 
-def run_pytest(tree: Path, report: Path, workers: int, selection: str, extra: list[str]) -> int:
+def run_pytest(tree: Path, report: Path, arguments: argparse.Namespace) -> int:
     """Runs pytest inside the tree, one thread per process, offline; returns its exit status."""
     environment = os.environ | {
         "OMP_NUM_THREADS": "1",
@@ -108,12 +111,14 @@ def run_pytest(tree: Path, report: Path, workers: int, selection: str, extra: li
         "VARIDEPTH_UPSTREAM_REPORT": str(report),
         "PYTHONDONTWRITEBYTECODE": "1",
     }
+    if arguments.everything:
+        environment["VARIDEPTH_UPSTREAM_EVERYTHING"] = "1"
     command = [sys.executable, "-m", "pytest", "-c", "pytest.ini", "--rootdir", str(tree), "tests/models", "-q"]
-    command += ["--timeout", "600", "--tb", "short", *extra]
-    if workers > 1 and importlib.util.find_spec("xdist"):
-        command += ["-n", str(workers)]
-    if selection:
-        command += ["-k", selection]
+    command += ["--timeout", "900", "--tb", "short", *arguments.pytest_arguments]
+    if arguments.workers > 1 and importlib.util.find_spec("xdist"):
+        command += ["-n", str(arguments.workers)]
+    if arguments.select:
+        command += ["-k", arguments.select]
     return subprocess.run(command, cwd=tree, env=environment, check=False).returncode
 
 
@@ -131,9 +136,6 @@ def read_report(report: Path) -> list[dict[str, Any]]:
 
 def judge(tests: list[dict[str, Any]], version: str) -> tuple[dict[str, Counter], dict[str, dict], list[str]]:
     """Counts per mode, the reasons of everything that did not pass, and the problems that make the run fail."""
-    sys.path.insert(0, str(HERE))
-    import skips
-
     counts: dict[str, Counter] = defaultdict(Counter)
     reasons: dict[str, dict[tuple[str, str], set[str]]] = {
         "listed": defaultdict(set),
@@ -177,6 +179,8 @@ def as_markdown(version: str, counts: dict[str, Counter], reasons: dict[str, dic
         f"transformers {version}: the mixins in the sdist (model, configuration, pipeline, training, tensor-parallel,",
         "FSDP, memory) with stand-ins of our own for what the sdist lacks. `vanilla` is an out-of-tree copy of Llama,",
         "run by the same harness as a yardstick. Generation has cases of its own in `tests/test_generation_cases.py`.",
+        f"The multi-process cases (FSDP, tensor parallel) run for {' and '.join(DISTRIBUTED_MODES)};",
+        "`--everything` runs them for every mode.",
         "",
         "| mode | passed | expected failures | skipped by the test itself | failed |",
         "|---|---|---|---|---|",
@@ -202,6 +206,7 @@ def main() -> int:
     parser.add_argument("-n", "--workers", type=int, default=2, help="test processes (default 2)")
     parser.add_argument("-k", "--select", default="", help="pytest expression, as `MoRPlain and not fsdp`")
     parser.add_argument("--write-docs", action="store_true", help=f"write {DOCS.relative_to(ROOT)}")
+    parser.add_argument("--everything", action="store_true", help="multi-process cases in every mode, not in two")
     parser.add_argument("--keep", action="store_true", help="keep the temporary tree and print where it is")
     parser.add_argument("pytest_arguments", nargs="*", help="passed on to pytest, after --")
     arguments = parser.parse_args()
@@ -211,7 +216,7 @@ def main() -> int:
     try:
         build_tree(version, tree)
         report = tree / "report.jsonl"
-        status = run_pytest(tree, report, arguments.workers, arguments.select, arguments.pytest_arguments)
+        status = run_pytest(tree, report, arguments)
         counts, reasons, problems = judge(read_report(report), version)
     finally:
         if arguments.keep:

@@ -27,6 +27,10 @@ class Entry:
 
 MOR_MODES = ("plain", "expert_threshold", "expert_predictor", "expert_shared_kv", "token_choice")
 
+# The multi-process cases take minutes per mode. These two modes stand for all: routed cache with routers, and layers
+# whose key and value projections are switched off.
+DISTRIBUTED_MODES = ("expert_threshold", "expert_shared_kv")
+
 # Test name (a parameterised test without its suffix counts for all) -> entry.
 EXPECTED_FAILURES: dict[str, Entry] = {
     "test_num_layers_is_small": Entry(
@@ -78,6 +82,12 @@ def find(test_class: str, test: str, version: str) -> Entry | None:
         if named and concerned and (entry.below is None or major_minor < entry.below):
             return entry
     return None
+
+
+def is_left_out(test_class: str, test: str) -> bool:
+    """Whether the test starts processes in a mode that the default run leaves out."""
+    starts_processes = re.match(r"test_(fsdp2|hsdp|tp_(forward|backward|generation))", test) is not None
+    return starts_processes and mode_of(test_class) not in DISTRIBUTED_MODES
 
 
 def self_skip(reason: str) -> str | None:
