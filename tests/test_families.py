@@ -37,6 +37,33 @@ def test_is_bit_equal_to_the_vanilla_model_repeated(backbone, attention, fields)
     assert torch.equal(model.generate(prompts, **generate), vanilla.generate(prompts, **generate))
 
 
+@pytest.mark.parametrize("kv_mode", ["recursion", "shared"])
+@pytest.mark.parametrize("backbone", BACKBONES)
+@torch.no_grad()
+def test_gathering_every_token_changes_nothing(backbone, kv_mode):
+    """Windows, rotary types and masks of the routed path, against the vanilla model and the dense path."""
+    if kv_mode == "shared" and backbone == "phi3":
+        pytest.skip(reason="phi3 computes keys and values in one product with the queries; refused, see below")
+    gathered = {"router_bias": True, "gating": "interpolate", "capacities": [1.0, 0.5, 0.3], "kv_mode": kv_mode}
+    model = tiny_mor(backbone, **gathered)
+    switch_on(model)
+    if kv_mode == "recursion":
+        expected = vanilla_of(model)
+    else:
+        expected = tiny_mor(backbone, **{**gathered, "capacities": [1.0, 1.0, 1.0]})
+        switch_on(expected)
+    prompts = _prompts()
+    assert int(model(prompts, output_routing=True).token_depth.min()) == 3
+    for inputs in (
+        {"input_ids": prompts},
+        {"input_ids": prompts, "attention_mask": torch.ones_like(prompts).index_fill(1, torch.tensor([0, 1]), 0)},
+    ):
+        given = model(**inputs).logits[:, 2:]
+        torch.testing.assert_close(given, expected(**inputs).logits[:, 2:], rtol=1e-5, atol=2e-6)
+    generate = {"max_new_tokens": 6, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+    assert torch.equal(model.generate(prompts, **generate), expected.generate(prompts, **generate))
+
+
 @pytest.mark.parametrize("sharing", ["cycle", "sequence", "middle_sequence"])
 @torch.no_grad()
 def test_every_sharing_strategy_is_a_repetition(sharing):
