@@ -101,7 +101,7 @@ class AttentionContext:
         return torch.nn.functional.pad(restarts.cumsum(1), (1, 0)).expand(self.batch_size, -1)
 
     def _make_dense_mask(self, kind: str, slot: int, explicit: bool) -> torch.Tensor | None:
-        make = create_sliding_window_causal_mask if kind == "sliding_attention" else create_causal_mask
+        make: Any = create_sliding_window_causal_mask if kind == "sliding_attention" else create_causal_mask
         return make(
             config=self.config,
             inputs_embeds=self.hidden_states,
@@ -119,7 +119,8 @@ class AttentionContext:
     def selected_rotary(self, kind: str, selection: Selection) -> tuple[torch.Tensor, torch.Tensor]:
         """Cosines and sines at the selected tokens, each of shape `(rows, k, rotary_dim)`."""
         cos, sin = self.rotary[kind]
-        return tuple(selection.gather(part.expand(self.batch_size, -1, -1)) for part in (cos, sin))
+        cos, sin = (selection.gather(part.expand(self.batch_size, -1, -1)) for part in (cos, sin))
+        return cos, sin
 
     def selected_rows(self, kind: str, selection: Selection) -> torch.Tensor:
         """The dense mask's rows of the selected tokens, of shape `(rows, 1, k, keys)`."""

@@ -212,39 +212,47 @@ class DepthLayer(CacheLayerMixin):
             self.index.select_rows(indices)
 
 
+@dataclass
+class ActiveFlags:
+    """Which columns of a static routed group hold a token that entered, of shape `(batch, max_cache_len)`."""
+
+    flags: torch.Tensor | None = None
+
+    def write(self, columns: torch.Tensor, active: torch.Tensor, length: int) -> torch.Tensor:
+        """Notes which of the new tokens entered; returns the flags of all columns."""
+        if self.flags is None:
+            self.flags = torch.zeros((active.shape[0], length), dtype=torch.bool, device=active.device)
+        return self.flags.index_copy_(1, columns, active)
+
+
 class StaticDepthLayer(StaticLayer):
-    """A full-length static layer for a routed slot: every token is stored, `active` says which ones entered.
+    """A full-length static layer for a routed slot: every token is stored, the flags say which ones entered.
 
     The static mode saves neither compute nor memory; it exists for static shapes (full-graph compile, export).
 
     Args:
         max_cache_len: columns of the buffer.
-        active: the group's flags of shape `(batch, max_cache_len)`, in a list that its layers share.
+        active: the group's flags, shared by its layers.
+        owner: this layer passes reorder and reset on to the flags; one layer per group does.
     """
 
-    def __init__(self, max_cache_len: int, active: list[torch.Tensor | None], owner: bool):
+    def __init__(self, max_cache_len: int, active: ActiveFlags, owner: bool):
         super().__init__(max_cache_len)
         self.active = active
         self.owner = owner
 
     def flag(self, columns: torch.Tensor, active: torch.Tensor) -> torch.Tensor:
-        """Writes which of the new tokens entered; returns the flags of all columns."""
-        if self.active[0] is None:
-            shape = (active.shape[0], self.max_cache_len)
-            self.active[0] = torch.zeros(shape, dtype=torch.bool, device=active.device)
-        flags = self.active[0]
-        flags.index_copy_(1, columns, active)
-        return flags
+        return self.active.write(columns, active, self.max_cache_len)
 
     def reset(self) -> None:
         super().reset()
-        if self.owner and self.active[0] is not None:
-            self.active[0].zero_()
+        if self.owner and self.active.flags is not None:
+            self.active.flags.zero_()
 
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
         super().reorder_cache(beam_idx)
-        if self.owner and self.active[0] is not None:
-            self.active[0].copy_(self.active[0][beam_idx.to(self.active[0].device)])
+        if self.owner and self.active.flags is not None:
+            self.active.flags.copy_(self.active.flags[beam_idx.to(self.active.flags.device)])
 
 
 class ReadingLayer(CacheLayerMixin):
@@ -380,7 +388,7 @@ def adopt_cache(
     for group in groups:
         if cache.is_compileable:
             length = _stream_length(cache)
-            active: list[torch.Tensor | None] = [None]
+            active = ActiveFlags()
             replaced: list[CacheLayerMixin] = [StaticDepthLayer(length, active, slot == group[0]) for slot in group]
         else:
             index = DepthIndex()

@@ -164,7 +164,8 @@ class MoRModel(MoRPreTrainedModel):
         config = self.config
         check_attention(config, routed=config.routing != "none")
         if self.training and self.gradient_checkpointing:
-            past_key_values = self._check_checkpointing()
+            self._check_checkpointing()
+            past_key_values = None
         if use_cache and past_key_values is None and not self.training:
             past_key_values = DynamicCache(config=config)
         always_active = self.always_active
@@ -215,7 +216,7 @@ class MoRModel(MoRPreTrainedModel):
         )
 
     def _check_checkpointing(self) -> None:
-        """Gradient checkpointing works without a cache."""
+        """Raises a `ValueError` where gradient checkpointing would lose a gradient."""
         checkpoint = getattr(self, "_gradient_checkpointing_func", None)
         if self.config.kv_mode == "shared" and getattr(checkpoint, "keywords", {}).get("use_reentrant", False):
             raise ValueError(

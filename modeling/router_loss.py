@@ -111,7 +111,7 @@ def inject(hidden_states: torch.Tensor, loss: torch.Tensor, scale: RouterLossSca
 
 def attach_loss_hooks(model: nn.Module, scale: RouterLossScale) -> None:
     """Hooks on a model with a head: they fire even where a trainer has replaced its `forward`."""
-    model.router_loss_scale = scale
+    object.__setattr__(model, "router_loss_scale", scale)
     model.register_forward_pre_hook(_note_items, with_kwargs=True)
     model.register_forward_hook(_tap_loss)
 
