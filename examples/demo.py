@@ -26,7 +26,7 @@ from varidepth.analysis.depth_render import render_terminal, write_depth_map
 from varidepth.analysis.perplexity import held_out_loss
 from varidepth.conversion.convert import convert
 from varidepth.training.distillation import DistillationTrainer
-from varidepth.training.router_calibration import calibrate_thresholds, start_routers
+from varidepth.training.router_calibration import calibrate_routers, start_routers
 from varidepth.training.text_blocks import TokenBlocks, load_documents, split_documents, token_blocks
 from varidepth.training.time_limit import TimeLimitCallback
 
@@ -140,7 +140,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--cache", type=Path, default=Path(".cache"), help="folder for the downloaded model")
     parser.add_argument("--prompt", default=PROMPT)
     parser.add_argument("--new-tokens", type=int, default=40)
-    parser.add_argument("--batch-size", type=int, default=4, help="sequences of 256 tokens per step")
+    parser.add_argument("--batch-size", type=int, default=2, help="sequences of 256 tokens per step")
     parser.add_argument("--learning-rate", type=float, default=6e-4)
     parser.add_argument("--held-out-tokens", type=int, default=2048, help="held-out tokens that are measured")
     return parser.parse_args()
@@ -206,11 +206,11 @@ def heal(
     """Distils for the given time; returns optimizer steps and tokens."""
     limit = TimeLimitCallback(args.minutes)
     limit.tokens_per_step = args.batch_size * blocks.blocks.shape[1]
-    # states before a router are large (hundreds): a hundredth of the rate already moves its logits by tenths a step
+    # states before a router are large (norms of hundreds): a tenth of the rate moves its logits by about one a step
     routers = list(model.model.routers.parameters())
     others = [p for p in model.parameters() if all(p is not router for router in routers)]
     optimizer = torch.optim.AdamW(
-        [{"params": others}, {"params": routers, "lr": args.learning_rate / 100}],
+        [{"params": others}, {"params": routers, "lr": args.learning_rate / 10}],
         lr=args.learning_rate,
         weight_decay=0.0,
     )
@@ -238,7 +238,8 @@ def heal(
     limit.attach(trainer)
     trainer.train()
     routing.start(model)  # where the time was too short for it
-    calibrate_thresholds(model, routing.sample.split(8))
+    model.eval()
+    calibrate_routers(model, routing.sample.split(8))
     return limit.steps, limit.steps * limit.tokens_per_step
 
 

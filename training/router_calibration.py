@@ -1,4 +1,4 @@
-"""Routers measured on text: a start that knows who gains from depth, and thresholds that meet the capacities."""
+"""Routers measured on text: a start that knows who gains from depth, and biases that meet the capacities."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def start_routers(
     batches: Iterable[torch.Tensor],
     *,
     spread: float = 4.0,
-    ridge: float = 0.1,
+    ridge: float = 1.0,
 ) -> dict[int, float]:
     """Sets every linear expert-choice router whose capacity is below 1 from what its recursion gains on a text.
 
@@ -81,28 +81,26 @@ def start_routers(
 
 
 @torch.no_grad()
-def calibrate_thresholds(model: PreTrainedModel, batches: Iterable[torch.Tensor]) -> list[float]:
-    """Sets `config.router_thresholds` so that on a text each recursion gets its share in `config.capacities`.
+def calibrate_routers(model: PreTrainedModel, batches: Iterable[torch.Tensor]) -> None:
+    """Shifts the routers' biases so that on a text each recursion gets its share in `config.capacities`.
 
-    Training moves the states that the routers read, and the loss that keeps their scores about 0.5 may be too weak or
-    the training too short to follow. With one block (the cycle forms) the shares are met on this text; several blocks
-    share the threshold of a recursion, and what one lets in changes what the next reads, so they are met nearly.
+    Training moves the states that the routers read, and the loss that keeps their scores about the threshold may be
+    too weak, or the training too short, to follow. The order of tokens stays as it is; gates shift with the scores.
 
     Args:
-        model (`PreTrainedModel`): a MoR for causal language modelling with expert-choice routing.
+        model (`PreTrainedModel`): a MoR for causal language modelling.
         batches: token ids of shape `(batch, seq_len)`; some thousand tokens are enough.
 
-    Returns:
-        The thresholds, on sigmoid(logit).
-
     Raises:
-        ValueError: if there is no threshold to set, or no token.
+        ValueError: if the routers are not expert-choice routers with a bias under the rule "threshold", or there is no
+            token.
     """
     config = model.config
-    if config.routing != "expert_choice" or config.inference_rule != "threshold":
+    if config.routing != "expert_choice" or not config.router_bias or config.inference_rule != "threshold":
         raise ValueError(
-            f"routing is {config.routing!r} and inference_rule {config.inference_rule!r}, but only expert-choice "
-            "routers with the rule 'threshold' have thresholds to calibrate."
+            f"routing is {config.routing!r}, router_bias {config.router_bias} and inference_rule "
+            f"{config.inference_rule!r}, but only expert-choice routers with a bias under the rule 'threshold' can be "
+            "shifted; set `router_thresholds` or convert with `router_bias: true`."
         )
     batches = [ids.to(model.device) for ids in batches]
     if not sum(ids.numel() for ids in batches):
@@ -110,30 +108,32 @@ def calibrate_thresholds(model: PreTrainedModel, batches: Iterable[torch.Tensor]
     was_training = model.training
     model.eval()
     try:
-        for recursion, capacity in enumerate(config.capacities):
-            if capacity < 1:
-                scores = torch.cat([_scores(model, ids, recursion) for ids in batches])
-                config.router_thresholds[recursion] = _threshold(scores, capacity)
+        # in the order of execution, since what one router lets in changes what the next ones read
+        for router in range(config.num_routers):
+            recursion = router % config.num_recursions
+            if config.capacities[recursion] < 1:
+                scores = torch.cat([_scores(model, ids, router) for ids in batches])
+                edge = _edge(scores, config.capacities[recursion])
+                threshold = logit_threshold(config.router_thresholds[recursion])
+                model.model.routers.bias[router, 0] += threshold - edge
     finally:
         model.train(was_training)
-    return config.router_thresholds
 
 
-def _scores(model: PreTrainedModel, ids: torch.Tensor, recursion: int) -> torch.Tensor:
-    """Logits of one recursion's routers, -inf where the token was no candidate."""
+def _scores(model: PreTrainedModel, ids: torch.Tensor, router: int) -> torch.Tensor:
+    """Logits of one router, -inf where the token was no candidate."""
     logits = model(ids, use_cache=False, output_routing=True, logits_to_keep=1).router_logits
     assert logits is not None
-    return logits[..., recursion :: model.config.num_recursions].flatten().nan_to_num(nan=-torch.inf)
+    return logits[..., router].flatten().nan_to_num(nan=-torch.inf)
 
 
-def _threshold(scores: torch.Tensor, capacity: float) -> float:
+def _edge(scores: torch.Tensor, capacity: float) -> torch.Tensor:
     """Halfway between the last score that enters and the first that does not."""
-    ordered = scores.sort(descending=True).values
-    entering = min(max(1, round(capacity * len(ordered))), len(ordered) - 1)
-    last, first = ordered[entering - 1], ordered[entering]
-    # where fewer candidates are left than the share, all of them enter
-    edge = (last + first) / 2 if torch.isfinite(first) else ordered[torch.isfinite(ordered)].min() - 1
-    return edge.double().sigmoid().item()
+    candidates = scores[torch.isfinite(scores)].sort(descending=True).values
+    entering = max(1, round(capacity * len(scores)))
+    if entering >= len(candidates):
+        return candidates[-1] - 1
+    return (candidates[entering - 1] + candidates[entering]) / 2
 
 
 def _set(routers: RouterBank, router: int, logit: float) -> None:
