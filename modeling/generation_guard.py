@@ -1,13 +1,26 @@
 """What `generate` cannot do exactly with a routed model, refused before the first step."""
 
+import functools
 from typing import Any
 
 import torch
 from transformers import GenerationConfig
+from transformers.generation import GenerationMixin
 
 
 class RoutedGenerationGuard:
     """Mixed into `XForCausalLM` of a routed architecture. Everything else in `generate` is transformers' own."""
+
+    @functools.wraps(GenerationMixin.generate)
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
+        """In evaluation mode also between training steps: routing in training looks at future tokens."""
+        in_training = [module for module in self.modules() if module.training]
+        self.eval()
+        try:
+            return super().generate(*args, **kwargs)
+        finally:
+            for module in in_training:
+                module.training = True
 
     def _prepare_cache_for_generation(
         self, generation_config: GenerationConfig, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any

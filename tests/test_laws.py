@@ -154,3 +154,13 @@ def test_rewinding_the_cache_leaves_no_trace():
         first.past_key_values.crop(-4)
         rest = model(ids[:, 8:], past_key_values=first.past_key_values, use_cache=True).logits
         assert relative_error(rest, whole[:, 8:]) <= TOLERANCE
+
+
+def test_generate_routes_causally_between_training_steps():
+    model = tiny_mor()
+    ids = torch.randint(3, VOCABULARY, (1, 15), generator=torch.Generator().manual_seed(6))
+    expected = model.generate(ids, max_new_tokens=6, do_sample=False)
+    model.train()
+    model.model.norm.eval()
+    assert torch.equal(model.generate(ids, max_new_tokens=6, do_sample=False), expected)
+    assert model.training and not model.model.norm.training
