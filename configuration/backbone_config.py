@@ -118,6 +118,8 @@ class BackboneConfig(PreTrainedConfig):
         for key, value in derived.items():
             if key not in own_fields:
                 setattr(self, key, value)
+        # the parameter names are the family's; transformers does not write this to config.json
+        self.base_model_tp_plan = family.base_model_tp_plan
         return {key: value for key, value in kwargs.items() if key in _METADATA | _BASE_FIELDS}
 
     def repeat_layer_fields(self, physical_layers: list[int]) -> None:
@@ -149,11 +151,6 @@ class BackboneConfig(PreTrainedConfig):
         super().save_pretrained(save_directory, **kwargs)
         if auto_map:
             self.auto_map = auto_map
-
-    @property
-    def base_model_tp_plan(self) -> dict[str, Any] | None:
-        """The family's tensor-parallel plan: the parameter names are the family's."""
-        return CONFIG_MAPPING[self.backbone].base_model_tp_plan
 
     def to_diff_dict(self) -> dict[str, Any]:
         """All fields of the architecture and of the family; transformers' own ones where they are not at default.
