@@ -142,7 +142,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--new-tokens", type=int, default=40)
     parser.add_argument("--batch-size", type=int, default=2, help="sequences of 256 tokens per step")
     parser.add_argument("--learning-rate", type=float, default=6e-4)
-    parser.add_argument("--held-out-tokens", type=int, default=2048, help="held-out tokens that are measured")
+    parser.add_argument("--held-out-tokens", type=int, default=1024, help="held-out tokens that are measured")
     return parser.parse_args()
 
 
@@ -197,7 +197,7 @@ class RoutingFromHalfTime(TrainerCallback):
         if self.waiting:
             self.waiting = False
             model.config.capacities = self.capacities
-            start_routers(model, self.sample.split(8))
+            start_routers(model, self.sample.split(4))
 
 
 def heal(
@@ -214,7 +214,7 @@ def heal(
         lr=args.learning_rate,
         weight_decay=0.0,
     )
-    routing = RoutingFromHalfTime(limit, model, blocks.blocks[:: max(1, len(blocks) // 8)][:8])
+    routing = RoutingFromHalfTime(limit, model, blocks.blocks[:: max(1, len(blocks) // 4)][:4])
     trainer = DistillationTrainer(
         model=model,
         teacher=teacher,
@@ -239,7 +239,7 @@ def heal(
     trainer.train()
     routing.start(model)  # where the time was too short for it
     model.eval()
-    calibrate_routers(model, routing.sample.split(8))
+    calibrate_routers(model, routing.sample.split(4))
     return limit.steps, limit.steps * limit.tokens_per_step
 
 
