@@ -5,8 +5,6 @@ MINUTES ?= 4
 DEMO_OUTPUT ?= demo-output
 DEMO_ARGS ?=
 PYTEST_ARGS ?=
-# where CPU builds of torch are published, asked only if the configured package indexes have none
-TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 
 BIN := $(VENV)/bin
 DEPENDENCIES := $(VENV)/dependencies.stamp
@@ -18,8 +16,7 @@ $(DEPENDENCIES): setup.cfg pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "Python 3.10 or newer is needed: make PYTHON=python3.12 ...")'
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip "setuptools>=77"
-	$(BIN)/python -m pip install --quiet -c constraints.txt torch \
-		|| $(BIN)/python -m pip install --quiet -c constraints.txt --extra-index-url $(TORCH_INDEX) torch
+	$(BIN)/python -m pip install --quiet -c constraints.txt torch
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev]'
 	touch $@
 
