@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
+from .checkpoint_files import first_foreign_entry
 from .errors import ConversionError
 
 
@@ -137,7 +138,7 @@ def check_output(output: Path, source: Path | None, *, overwrite: bool = False) 
     Args:
         output (`Path`): where the checkpoint is to appear.
         source (`Path`, *optional*): the folder (or file) it is made of.
-        overwrite (`bool`): allow to replace a checkpoint.
+        overwrite (`bool`): allow to replace a folder that holds a checkpoint and nothing else.
 
     Raises:
         ConversionError: if it is the source, lies in it or around it, is a file, or is not empty.
@@ -162,6 +163,12 @@ def check_output(output: Path, source: Path | None, *, overwrite: bool = False) 
             raise ConversionError(
                 f"The output folder {output.name} holds no checkpoint (no config.json), so it is not replaced; give "
                 "another one."
+            )
+        foreign = first_foreign_entry(target)
+        if foreign is not None:
+            raise ConversionError(
+                f"The output folder {output.name} holds {foreign}, which is no part of a checkpoint; move it "
+                "away or give another folder."
             )
 
 

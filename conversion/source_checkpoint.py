@@ -23,23 +23,11 @@ from transformers.configuration_utils import PreTrainedConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from ..configuration.backbone_config import BACKBONES
+from .checkpoint_files import TOKENIZER_FILES
 from .errors import ConversionError
 from .tensor_source import TensorSource, open_weights, read_json
 
 
-TOKENIZER_FILES = (
-    "added_tokens.json",
-    "chat_template.jinja",
-    "chat_template.json",
-    "merges.txt",
-    "special_tokens_map.json",
-    "spiece.model",
-    "tokenizer.json",
-    "tokenizer.model",
-    "tokenizer_config.json",
-    "vocab.json",
-    "vocab.txt",
-)
 _OTHER_PATTERNS = ["*.json", "*.jinja", "merges.txt", "vocab.txt", "*.model", "README.md"]
 _BUFFERS = re.compile(r"(^|\.)rotary_emb\.inv_freq$")
 

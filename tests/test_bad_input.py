@@ -318,6 +318,27 @@ def overwriting_something_else(folder, monkeypatch):
     return convert_arguments(folder, "--overwrite")
 
 
+@case("holds notes.txt", "no part of a checkpoint")
+def overwriting_a_checkpoint_with_notes(folder, monkeypatch):
+    shutil.copytree(folder / "source", folder / "out")
+    (folder / "out" / "notes.txt").write_text("mine")
+    return convert_arguments(folder, "--overwrite")
+
+
+@case("holds checkpoint-500", "no part of a checkpoint")
+def overwriting_a_checkpoint_with_a_folder(folder, monkeypatch):
+    shutil.copytree(folder / "source", folder / "out")
+    shutil.copytree(folder / "source", folder / "out" / "checkpoint-500")
+    return convert_arguments(folder, "--overwrite")
+
+
+@case("holds train.py", "no part of a checkpoint")
+def overwriting_a_checkpoint_with_a_program(folder, monkeypatch):
+    shutil.copytree(folder / "source", folder / "out")
+    (folder / "out" / "train.py").write_text("pass")
+    return convert_arguments(folder, "--overwrite")
+
+
 @case("is a file")
 def output_is_a_file(folder, monkeypatch):
     (folder / "out").write_text("mine")

@@ -101,7 +101,7 @@ folder = sys.argv[1]
 model = AutoModelForCausalLM.from_pretrained(folder + "/mor", trust_remote_code=True).eval()
 with torch.no_grad():
     assert torch.equal(model(some_ids()).logits, torch.load(folder + "/expected.pt"))
-AutoTokenizer.from_pretrained(folder + "/mor")
+AutoTokenizer.from_pretrained(folder + "/mor", trust_remote_code=True)
 """
     tests = os.path.dirname(pico_checkpoints.__file__)
     environment = {**os.environ, "PYTHONPATH": tests, "HF_MODULES_CACHE": str(tmp_path / "modules")}
@@ -252,6 +252,7 @@ def test_the_output_is_complete(tmp_path):
     assert AutoTokenizer.from_pretrained(tmp_path / "mor")(text).input_ids == pico_tokenizer()(text).input_ids
 
     card = ModelCard.load(tmp_path / "mor" / "README.md")
+    assert "AutoTokenizer.from_pretrained(name, trust_remote_code=True)" in card.text
     assert card.data.license == "apache-2.0" and card.data.base_model == "someone/something"
     assert card.data.library_name == "transformers" and card.data.pipeline_tag == "text-generation"
     assert "custom_code" in card.data.tags and "${" not in card.content
@@ -313,6 +314,9 @@ def test_gemma_repeats_carry_the_attention_type_of_their_layer(tmp_path):
 def test_overwriting_replaces_a_checkpoint(tmp_path):
     source = save_pico(tmp_path / "source")
     convert(source, tmp_path / "mor", num_recursions=2, max_shard_size="30KB", quiet=True)
+    (tmp_path / "mor" / "__pycache__").mkdir()
+    (tmp_path / "mor" / "__pycache__" / "modeling_mor.cpython-311.pyc").write_bytes(b"")
+    (tmp_path / "mor" / "LICENSE.txt").write_text("terms")
     convert(source, tmp_path / "mor", num_recursions=1, overwrite=True, quiet=True)
     names = {path.name for path in (tmp_path / "mor").iterdir()}
     assert "model.safetensors" in names and "model.safetensors.index.json" not in names
