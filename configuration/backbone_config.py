@@ -100,6 +100,11 @@ class BackboneConfig(PreTrainedConfig):
         family_kwargs |= {key: value for key, value in kwargs.items() if key in known | _ROPE_KEYS}
         family = CONFIG_MAPPING[self.backbone](**family_kwargs)
 
+        if getattr(family, "use_bidirectional_attention", False):
+            raise ValueError(
+                "`use_bidirectional_attention` is True, but routed models are causal; set it to False or start from a "
+                "decoder."
+            )
         derived = {key: value for key, value in vars(family).items() if key not in _BASE_FIELDS and key[0] != "_"}
         for key, value in kwargs.items():
             if key in known | _METADATA | _ROPE_KEYS | _BASE_FIELDS or key in generation:
@@ -143,14 +148,15 @@ class BackboneConfig(PreTrainedConfig):
     def save_pretrained(self, save_directory: str | os.PathLike, **kwargs: Any) -> None:
         """As in transformers; drops an `auto_map` whose code files do not lie in the folder."""
         auto_map = getattr(self, "auto_map", None)
-        if auto_map and not all(
-            Path(save_directory, f"{reference.split('--')[-1].split('.')[0]}.py").is_file()
-            for reference in auto_map.values()
-        ):
+        references = [reference for reference in (auto_map or {}).values() if isinstance(reference, str)]
+        files = [f"{reference.split('--')[-1].split('.')[0]}.py" for reference in references]
+        if not all(Path(save_directory, file).is_file() for file in files):
             self.auto_map = {}
-        super().save_pretrained(save_directory, **kwargs)
-        if auto_map:
-            self.auto_map = auto_map
+        try:
+            super().save_pretrained(save_directory, **kwargs)
+        finally:
+            if auto_map:
+                self.auto_map = auto_map
 
     def to_diff_dict(self) -> dict[str, Any]:
         """All fields of the architecture and of the family; transformers' own ones where they are not at default.

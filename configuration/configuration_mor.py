@@ -17,6 +17,24 @@ GATINGS = ("weighted", "additive", "interpolate")
 INFERENCE_RULES = ("threshold", "predictor", "topk")
 BALANCINGS = ("loss", "loss_free")
 KV_MODES = ("recursion", "shared")
+# fields that only some routings use, with the value that stands for "not given"
+_EXPERT, _TOKEN, _ROUTED = ("expert_choice",), ("token_choice",), ("expert_choice", "token_choice")
+USED_BY = {
+    "capacities": (None, _EXPERT),
+    "router_thresholds": (None, _EXPERT),
+    "capacity_warmup_steps": (0, _EXPERT),
+    "inference_rule": ("threshold", _EXPERT),
+    "aux_loss_coef": (0.001, _EXPERT),
+    "balancing": ("loss", _TOKEN),
+    "balancing_coef": (0.1, _TOKEN),
+    "balancing_update_rate": (0.001, _TOKEN),
+    "gating": ("weighted", _ROUTED),
+    "router_type": ("linear", _ROUTED),
+    "router_bias": (False, _ROUTED),
+    "router_activation": (None, _ROUTED),
+    "router_alpha": (None, _ROUTED),
+    "router_z_loss_coef": (0.0, _ROUTED),
+}
 FUSED_QKV_BACKBONES = ("phi3",)
 
 
@@ -151,25 +169,14 @@ class MoRConfig(BackboneConfig):
         activations = ROUTER_ACTIVATIONS[self.routing]
         if self.routing == "expert_choice":
             self._resolve_capacities()
-        else:
-            for field, default in (
-                ("capacities", None),
-                ("router_thresholds", None),
-                ("capacity_warmup_steps", 0),
-                ("inference_rule", "threshold"),
-            ):
-                if getattr(self, field) != default:
-                    raise ValueError(
-                        f"`{field}` is {getattr(self, field)!r}, but only routing='expert_choice' uses it; leave it "
-                        f"out with routing={self.routing!r}."
-                    )
-        if self.routing == "none":
-            for field in ("router_activation", "router_alpha"):
-                if getattr(self, field) is not None:
-                    raise ValueError(
-                        f"`{field}` is {getattr(self, field)!r}, but routing='none' has no router; leave it out."
-                    )
-        else:
+        for field, (default, users) in USED_BY.items():
+            if self.routing not in users and getattr(self, field) != default:
+                allowed = " or ".join(map(repr, users))
+                raise ValueError(
+                    f"`{field}` is {getattr(self, field)!r}, but only routing={allowed} uses it; "
+                    f"leave it out with routing={self.routing!r}."
+                )
+        if self.routing != "none":
             self.router_activation = self.router_activation or activations[0]
             if self.router_activation not in activations:
                 raise ValueError(
@@ -281,21 +288,26 @@ class MoRConfig(BackboneConfig):
         """
         backbone = source_config.model_type
         check_choice("backbone", backbone, BACKBONES)
-        own = {"backbone", "num_hidden_layers"}
-        family = {key: value for key, value in source_config.to_dict().items() if key in family_fields(backbone) - own}
-        per_layer = {name: family.pop(name) for name in PER_LAYER_FIELDS if family.get(name) is not None}
-        depth = mor_fields.pop("num_hidden_layers", source_config.num_hidden_layers)
-        fields: dict[str, Any] = {
-            "backbone": backbone,
-            "num_recursions": num_recursions,
-            "num_hidden_layers": depth,
-            **mor_fields,
-        }
+        known = family_fields(backbone) | {"id2label", "label2id", "dtype"}
+        family = {key: value for key, value in source_config.to_dict().items() if key in known}
+        depth = source_config.num_hidden_layers
+        fields = {**family, "backbone": backbone, "num_recursions": num_recursions, **mor_fields}
+        per_layer = [name for name in PER_LAYER_FIELDS if family.get(name) is not None and name not in mor_fields]
+        for name in per_layer:
+            fields.pop(name)
         if "layer_types" in per_layer:
-            fields["layer_types"] = ["full_attention"] * depth
-        shape = cls(**family, **fields)
+            fields["layer_types"] = ["full_attention"] * fields["num_hidden_layers"]
+        shape = cls(**fields)
         uses = first_uses(shape.physical_layers)
-        for name, entries in per_layer.items():
-            source = source_layers or [uses[layer] for layer in range(shape.num_physical_layers)]
-            fields[name] = [entries[source[layer]] for layer in shape.physical_layers]
-        return cls(**family, **fields)
+        source = (
+            [uses[layer] for layer in range(shape.num_physical_layers)] if source_layers is None else source_layers
+        )
+        used = bool(per_layer) or source_layers is not None
+        if used and (len(source) != shape.num_physical_layers or max(source) >= depth):
+            raise ValueError(
+                f"`source_layers` is {source}, but must name one of the {depth} source layers for each of the "
+                f"{shape.num_physical_layers} physical layers."
+            )
+        for name in per_layer:
+            fields[name] = [family[name][source[layer]] for layer in shape.physical_layers]
+        return cls(**fields)

@@ -67,7 +67,7 @@ class AttentionContext:
             self.valid = hidden_states.new_ones((self.batch_size, self.seq_len), dtype=torch.bool)
             self.all_valid = True
         else:
-            self.valid = self.padding[:, -self.seq_len :].bool()
+            self.valid = self.padding.index_select(1, self.columns).bool()
             self.all_valid = False if self.is_static else bool(self.padding.all())
         # made before any layer has written to the cache, whose length they are sized by
         slots = dense_slots.items()
@@ -84,6 +84,11 @@ class AttentionContext:
             raise ValueError(
                 f"`attention_mask` is {_shape_of(mask)}, but must be a tensor of shape (batch, columns) or "
                 "(batch, 1, tokens, columns)."
+            )
+        if mask.ndim == 4 and (mask.shape[1] != 1 or mask.shape[2] != self.seq_len):
+            raise ValueError(
+                f"`attention_mask` is {_shape_of(mask)}, but a 4D mask must have shape "
+                f"(batch, 1, {self.seq_len}, columns): one mask for all heads, one row for each new token."
             )
         if mask.ndim == 2 and not self.is_static and mask.shape[1] != self.seen + self.seq_len:
             raise ValueError(
@@ -195,7 +200,7 @@ class AttentionContext:
         if mask is None or mask.ndim != 4:
             return None
         mask = mask[:, 0].expand(self.batch_size, -1, -1)
-        return mask if mask.dtype == torch.bool else mask == 0
+        return mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2
 
 
 def _shape_of(value: Any) -> str:

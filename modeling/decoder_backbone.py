@@ -160,12 +160,21 @@ class _SkippableLinear(nn.Linear):
         return super().forward(input)
 
 
+def _new_reading(attention_class: type) -> nn.Module:
+    cls = _reading_class(attention_class)
+    return cls.__new__(cls)
+
+
 class _ReadingAttention:
     """Takes the view of the shared keys and values as `shared_kv`.
 
     Under gradient checkpointing a decoder layer drops what it gets as `past_key_values`. The projections are switched
     here, inside the layer, so that the recomputation in the backward pass skips what the forward pass skipped.
     """
+
+    def __reduce_ex__(self, protocol: Any) -> tuple:
+        """Pickles by the family's own class: this one is made at run time."""
+        return _new_reading, (type(self).__bases__[1],), self.__dict__
 
     def forward(self, hidden_states: torch.Tensor, *args: Any, shared_kv: Any = None, **kwargs: Any) -> Any:
         if shared_kv is None:

@@ -161,13 +161,14 @@ class DepthLayer(CacheLayerMixin):
         if isinstance(plan.where, slice):
             buffer[:, :, plan.where] = states
         else:
-            rows = plan.rows if plan.rows is not None else torch.arange(states.shape[0], device=states.device)
-            buffer[rows[:, None], :, plan.where] = states.transpose(1, 2)
+            rows = plan.rows if plan.rows is not None else torch.arange(states.shape[0])
+            at = rows.to(states.device)[:, None], slice(None), plan.where.to(states.device)
+            buffer[at] = states.transpose(1, 2)
         return buffer
 
     def _read(self, buffer: torch.Tensor, plan: WritePlan) -> torch.Tensor:
         stored = buffer[:, :, : plan.kv_length]
-        return stored if plan.rows is None else stored[plan.rows]
+        return stored if plan.rows is None else stored[plan.rows.to(stored.device)]
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         return self.index.seen + query_length, 0
@@ -347,7 +348,10 @@ class SharedReader:
         self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
         keys, values = self.shared.states[layer_idx]
-        return (keys, values) if self.rows is None else (keys[self.rows], values[self.rows])
+        if self.rows is None:
+            return keys, values
+        rows = self.rows.to(keys.device)
+        return keys[rows], values[rows]
 
 
 def adopt_cache(

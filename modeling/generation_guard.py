@@ -13,7 +13,7 @@ class RoutedGenerationGuard:
 
     @functools.wraps(GenerationMixin.generate)
     def generate(self, *args: Any, **kwargs: Any) -> Any:
-        """In evaluation mode also between training steps: routing in training looks at future tokens."""
+        # in evaluation mode also between training steps: routing in training looks at future tokens
         in_training = [module for module in self.modules() if module.training]
         self.eval()
         try:

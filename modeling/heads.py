@@ -121,11 +121,14 @@ class CausalLMHead:
 class SequenceClassificationHead:
     """Classification head over a routed `self.model`, on the last token that is not padding."""
 
+    # the loss is a mean over the rows of the call: Trainer divides it by the accumulation steps
+    accepts_loss_kwargs = False
+
     def _build_head(self, model: nn.Module) -> None:
         self.model = model
         self.num_labels = self.config.num_labels
         self.score = nn.Linear(self.config.hidden_size, self.num_labels, bias=False)
-        attach_loss_hooks(self, model.router_loss_scale)
+        attach_loss_hooks(self, model.router_loss_scale, labels_are_tokens=False)
         self.post_init()
 
     @can_return_tuple
@@ -145,6 +148,7 @@ class SequenceClassificationHead:
         Raises:
             ValueError: for a batch of several rows without a way to tell their last tokens.
         """
+        kwargs.pop("num_items_in_batch", None)
         outputs = self.model(
             input_ids,
             attention_mask=attention_mask,

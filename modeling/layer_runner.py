@@ -108,6 +108,7 @@ class LayerRunner:
             kind = self.context.kinds[slot]
             update = self._call(
                 layer,
+                slot,
                 update,
                 self.context.dense_mask(kind),
                 self.context.rotary[kind],
@@ -158,7 +159,7 @@ class LayerRunner:
                 masks[kind] = mask, context.selected_rotary(kind, selection)
             mask, rotary = masks[kind]
             place = self._attention_place(selection, plan, shared is not None)
-            update = self._call(layer, update, mask, rotary, view, place)
+            update = self._call(layer, slot, update, mask, rotary, view, place)
             self.recorder.state(selection.scatter(hidden_states, update) if self.recorder.hidden_states else update)
         result = selection.scatter(hidden_states, combine(update, selection.gather))
         self.recorder.replace_last(result)
@@ -193,7 +194,7 @@ class LayerRunner:
                 mask = context.routed_mask(kind, rows, query_columns, key_columns, key_valid)
             else:
                 mask = context.dense_mask(kind)
-            update = self._call(layer, update, mask, context.rotary[kind], view, _everything)
+            update = self._call(layer, slot, update, mask, context.rotary[kind], view, _everything)
             self.recorder.state(torch.where(entered, update, hidden_states))
         result = torch.where(entered, combine(update, _everything).to(hidden_states.dtype), hidden_states)
         self.recorder.replace_last(result)
@@ -223,6 +224,7 @@ class LayerRunner:
     def _call(
         self,
         layer: int,
+        slot: int,
         hidden_states: torch.Tensor,
         attention_mask: torch.Tensor | None,
         position_embeddings: tuple[torch.Tensor, torch.Tensor],
@@ -239,14 +241,18 @@ class LayerRunner:
             hook = module.self_attn.register_forward_hook(
                 lambda _, args, output: store.append(None if output[1] is None else place(output[1]))
             )
+        if self.cache is not None and self.cache.offloading:
+            # transformers prefetches the next slot only, which may not be the next one that runs
+            self.cache.layers[slot].prefetch()
         try:
-            return module(
+            output = module(
                 hidden_states,
                 attention_mask=attention_mask,
                 position_embeddings=position_embeddings,
                 **kwargs,
                 **self.layer_kwargs,
             )
+            return output.to(hidden_states.device)
         finally:
             if hook is not None:
                 hook.remove()

@@ -50,6 +50,17 @@ from .token_routing import (
 )
 
 
+# what modules and parameters follow from, and what may be edited afterwards
+BUILT_FIELDS = (
+    "backbone", "num_hidden_layers", "num_recursions", "sharing", "prelude_layers", "coda_layers", "routing",
+    "router_type", "router_bias", "balancing", "kv_mode", "capacity_warmup_steps",
+)  # fmt: skip
+EDITABLE_FIELDS = (
+    "capacities", "router_thresholds", "inference_rule", "gating", "router_activation", "router_alpha",
+    "aux_loss_coef", "router_z_loss_coef", "balancing_coef", "balancing_update_rate",
+)  # fmt: skip
+
+
 class MoRPreTrainedModel(RemoteCodeMixin, BackbonePreTrainedModel):
     config: MoRConfig
 
@@ -109,7 +120,11 @@ class MoRModel(MoRPreTrainedModel):
             self.register_buffer("routing_step", torch.zeros((), dtype=torch.long))
         if config.kv_mode == "shared":
             share_key_values([self.layers[layer] for block in config.recursive_blocks for layer in block.layers])
-        self._keep_in_fp32_modules_strict = {name for name in ("routers", "predictors") if hasattr(self, name)}
+        self._keep_in_fp32_modules_strict = {
+            name for name in ("routers", "predictors", "balancing_bias") if hasattr(self, name)
+        }
+        self._built = {name: getattr(config, name) for name in BUILT_FIELDS}
+        self._checked: list[Any] = []
         self.router_loss_scale = RouterLossScale()
         self.gradient_checkpointing = False
         self.post_init()
@@ -119,8 +134,7 @@ class MoRModel(MoRPreTrainedModel):
         """Per recursion, whether every token enters it by construction: it is then run and stored densely."""
         config = self.config
         if config.routing == "expert_choice":
-            warming = self.training and config.capacity_warmup_steps > 0
-            return [capacity == 1 and not warming for capacity in config.capacities]
+            return [capacity == 1 for capacity in config.capacities]
         return [config.routing == "none" or r == 0 for r in range(config.num_recursions)]
 
     def _partial_slots(self, always_active: list[bool]) -> tuple[list[list[int]], set[int]]:
@@ -162,6 +176,7 @@ class MoRModel(MoRPreTrainedModel):
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give exactly one of `input_ids` and `inputs_embeds`.")
         config = self.config
+        self._check_config()
         check_attention(config, routed=config.routing != "none")
         if self.training and self.gradient_checkpointing:
             self._check_checkpointing()
@@ -215,6 +230,30 @@ class MoRModel(MoRPreTrainedModel):
             router_logits=torch.cat(trace.logits, dim=-1) if trace.logits else None,
         )
 
+    def _check_config(self) -> None:
+        """Fields may be edited on a built model, unless it was built by them; an edit is checked before it is used.
+
+        Raises:
+            ValueError: for a field that the model was built by, and for a value that is not allowed.
+        """
+        config = self.config
+        current = [getattr(config, name) for name in (*BUILT_FIELDS, *EDITABLE_FIELDS)]
+        if torch.compiler.is_compiling() or current == self._checked:
+            return
+        for name, built in self._built.items():
+            if getattr(config, name) != built:
+                raise ValueError(
+                    f"`config.{name}` is {getattr(config, name)!r}, but the model was built with {built!r}; set it "
+                    "before the model is made."
+                )
+        if config.inference_rule == "predictor" and not hasattr(self, "predictors"):
+            raise ValueError(
+                "`config.inference_rule` is 'predictor', but the model was built without predictors; set it before "
+                "the model is made, and train it."
+            )
+        config.validate_mor()
+        self._checked = current
+
     def _check_checkpointing(self) -> None:
         """Raises a `ValueError` where gradient checkpointing would lose a gradient."""
         checkpoint = getattr(self, "_gradient_checkpointing_func", None)
@@ -241,6 +280,8 @@ class Recursion:
         self.runner = runner
         self.context = runner.context
         self.always_active = always_active
+        warming = model.training and self.config.capacity_warmup_steps > 0
+        self.step = int(model.routing_step) if warming else self.config.capacity_warmup_steps
         valid = self.context.valid
         self.trace = RoutingTrace(torch.zeros_like(valid, dtype=torch.long) if output_routing else None)
         self.losses = RouterLossTerms(valid)
@@ -308,8 +349,8 @@ class Recursion:
             active = candidates
         elif training or config.inference_rule == "topk":
             capacity = config.capacities[r]
-            if training and config.capacity_warmup_steps:
-                capacity = warmed_up(capacity, int(self.model.routing_step), config.capacity_warmup_steps)
+            if training:
+                capacity = warmed_up(capacity, self.step, config.capacity_warmup_steps)
             active = top_k_membership(logits, candidates, capacity_counts(capacity, self.context.valid))
         else:
             active = candidates & (causal_logits >= logit_threshold(config.router_thresholds[r]))
@@ -325,7 +366,7 @@ class Recursion:
         """
         config, valid = self.config, self.context.valid
         entry = hidden_states
-        logits = self.model.routers(entry, number)
+        logits = self.model.routers(entry, number).to(entry.device)
         self.trace.record(logits, valid)
         probabilities = activate(logits, config.router_activation, 1.0)
         loss_free = config.balancing == "loss_free"
@@ -383,8 +424,8 @@ class Recursion:
     ) -> torch.Tensor:
         """fp32 logits of shape `(batch, seq_len)`, computed for the candidates only; 0 elsewhere."""
         if selection is None:
-            return bank(hidden_states, router).squeeze(-1)
-        logits = bank(selection.gather(hidden_states), router).squeeze(-1)
+            return bank(hidden_states, router).squeeze(-1).to(hidden_states.device)
+        logits = bank(selection.gather(hidden_states), router).squeeze(-1).to(hidden_states.device)
         return selection.scatter(logits.new_zeros(self.context.valid.shape), logits)
 
     def _gated_by(self, residual: torch.Tensor, gate: torch.Tensor) -> Combine:
@@ -401,7 +442,7 @@ class Recursion:
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             torch.distributed.all_reduce(load)
         bias = self.model.balancing_bias[number]
-        bias.add_(self.config.balancing_update_rate * (load.mean() - load).sign().to(bias.dtype))
+        bias.add_(self.config.balancing_update_rate * (load.mean() - load).sign())
 
 
 def _wanted(config: MoRConfig, kwargs: dict[str, Any], name: str) -> bool:

@@ -1,8 +1,9 @@
 """Losses that train the router, and their way into the gradient.
 
-All losses are fp32 sums over valid tokens, divided once by the number of items of the optimizer step: so gradient
-accumulation gives the gradient of one large batch. The language model head adds them to its loss. Trainers that
-bypass the head (TRL patches it) reach only the backbone, which then injects their gradient itself.
+All losses are fp32 sums over valid tokens, divided once by the number of items of the optimizer step, which are its
+labelled tokens as for the cross-entropy (valid tokens where there are no labels): so gradient accumulation gives the
+gradient of one large batch. The language model head adds them to its loss. Trainers that bypass the head (TRL patches
+it) reach only the backbone, which then injects their gradient itself.
 """
 
 from dataclasses import dataclass
@@ -11,6 +12,10 @@ from typing import Any
 import torch
 from torch import nn
 from torch.nn import functional as F
+from transformers.utils import logging
+
+
+logger = logging.get_logger(__name__)
 
 
 @dataclass
@@ -67,12 +72,31 @@ def balancing_loss(probabilities: torch.Tensor, choice: torch.Tensor, valid: tor
 
 
 class RouterLossScale:
-    """Carries what the backbone must know to inject: how many items the step has, and the scale of the loss."""
+    """Carries what the backbone must know to inject: how many items the step has, and the scale of the loss.
+
+    Attributes:
+        outside: scale of a loss that is made outside of the model (DPO, GRPO, an own loop), which the model cannot
+            see: the gradient scaler's scale over the accumulation steps; `None` stands for 1 and warns once.
+    """
 
     def __init__(self) -> None:
-        self.items: torch.Tensor | int | None = None
-        self.scale: torch.Tensor | float = 1.0
+        self.outside: float | None = None
+        self.begin(None)
+
+    def begin(self, items: torch.Tensor | int | None) -> None:
+        """A forward pass of the model with the head begins."""
+        self.items = items
+        self.scale: torch.Tensor | float | None = self.outside
         self.injected = False
+
+    def seen_by_loss(self) -> torch.Tensor | float:
+        if self.scale is None:
+            logger.warning_once(
+                "the loss is made outside of the model, so its scale is unknown to the router loss, which takes 1; "
+                "with gradient accumulation or a gradient scaler set `model.router_loss_scale.outside` to that scale."
+            )
+            return 1.0
+        return self.scale
 
 
 class _Inject(torch.autograd.Function):
@@ -86,7 +110,7 @@ class _Inject(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, None]:
-        return gradient, ctx.like * ctx.scale.scale, None
+        return gradient, ctx.like * ctx.scale.seen_by_loss(), None
 
 
 class _Tap(torch.autograd.Function):
@@ -104,24 +128,27 @@ class _Tap(torch.autograd.Function):
 
 
 def inject(hidden_states: torch.Tensor, loss: torch.Tensor, scale: RouterLossScale) -> torch.Tensor:
-    """Returns `hidden_states`; in the backward pass `loss` receives the gradient `scale.scale`."""
+    """Returns `hidden_states`; in the backward pass `loss` receives the scale of the loss as its gradient."""
     scale.injected = True
     return _Inject.apply(hidden_states, loss, scale)
 
 
-def attach_loss_hooks(model: nn.Module, scale: RouterLossScale) -> None:
+def attach_loss_hooks(model: nn.Module, scale: RouterLossScale, labels_are_tokens: bool = True) -> None:
     """Hooks on a model with a head: they fire even where a trainer has replaced its `forward`."""
     object.__setattr__(model, "router_loss_scale", scale)
-    model.register_forward_pre_hook(_note_items, with_kwargs=True)
-    model.register_forward_hook(_tap_loss)
+    model.register_forward_pre_hook(_note_items if labels_are_tokens else _note_nothing, with_kwargs=True)
+    model.register_forward_hook(_tap_loss, always_call=True)
+
+
+def _note_nothing(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+    module.router_loss_scale.begin(None)
 
 
 def _note_items(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-    scale = module.router_loss_scale
-    scale.items, scale.injected, scale.scale = kwargs.get("num_items_in_batch"), False, 1.0
-    labels = kwargs.get("labels")
-    if scale.items is None and isinstance(labels, torch.Tensor) and labels.ndim == 2:
-        scale.items = labels[:, 1:].ne(-100).sum().clamp(min=1)
+    items, labels = kwargs.get("num_items_in_batch"), kwargs.get("labels")
+    if items is None and isinstance(labels, torch.Tensor) and labels.ndim == 2:
+        items = labels[:, 1:].ne(-100).sum().clamp(min=1)
+    module.router_loss_scale.begin(items)
 
 
 def _tap_loss(module: nn.Module, args: tuple, output: Any) -> Any:

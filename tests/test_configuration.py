@@ -102,8 +102,12 @@ BAD = [
     ({"kv_mode": "shared", "capacities": [0.9, 0.5, 0.3]}, "`kv_mode` is 'shared' and `capacities` starts with 0.9"),
     ({"kv_mode": "shared", "backbone": "phi3"}, "phi3 computes queries, keys and values in one product"),
     ({"routing": "none", "capacities": [1.0, 1.0, 1.0]}, "only routing='expert_choice' uses it"),
+    ({"routing": "none", "gating": "additive"}, "`gating` is 'additive', but only routing='expert_choice' or"),
+    ({"routing": "token_choice", "aux_loss_coef": 1.0}, "`aux_loss_coef` is 1.0, but only routing='expert_choice'"),
+    ({"balancing": "loss_free"}, "`balancing` is 'loss_free', but only routing='token_choice' uses it"),
+    ({"backbone": "gemma3_text", "use_bidirectional_attention": True}, "routed models are causal"),
     ({"routing": "token_choice", "inference_rule": "predictor"}, "only routing='expert_choice' uses it"),
-    ({"routing": "none", "router_alpha": 1.0}, "routing='none' has no router"),
+    ({"routing": "none", "router_alpha": 1.0}, "`router_alpha` is 1.0, but only routing="),
 ]  # fmt: skip
 
 

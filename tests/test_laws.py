@@ -34,8 +34,9 @@ def models(draw) -> tuple:
         "coda_layers": coda,
         "num_hidden_layers": prelude + coda + recursions * shared_layers,
         "kv_mode": kv_mode,
-        "gating": draw(st.sampled_from(["weighted", "additive", "interpolate"])),
     }
+    if routing != "none":
+        fields["gating"] = draw(st.sampled_from(["weighted", "additive", "interpolate"]))
     if routing == "expert_choice":
         full_first = kv_mode == "shared" or draw(st.booleans())
         fields["capacities"] = tuple([1.0 if full_first else 0.7, 0.5, 0.3][:recursions])
