@@ -163,7 +163,7 @@ class MoRModel(MoRPreTrainedModel):
         adds_router_loss: bool = False,
         **kwargs: Any,
     ) -> RoutedModelOutputWithPast:
-        """As in every decoder of transformers, and:
+        """As in every decoder of transformers, but makes no cache in training, and:
 
         Args:
             output_routing (`bool`, *optional*): return `token_depth` and `router_logits`.
