@@ -1,5 +1,6 @@
 """Loads a checkpoint for the commands that run it."""
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,8 @@ def load_checkpoint(source: str, *, revision: str | None = None, dtype: str | No
         dtype (`str`, *optional*): a key of `DTYPES`; by default float32 on a CPU, else as stored.
 
     Raises:
-        ValueError: if it cannot be found or read, is of another family, or has no tokenizer.
+        ValueError: if it cannot be found or read, is of another family, has no tokenizer, or its weights are not those
+            of its configuration.
     """
     checkpoint = open_source(Path(source) if Path(source).exists() else source, revision=revision, allowed=_ALLOWED)
     if checkpoint.gguf is not None:
@@ -38,8 +40,32 @@ def load_checkpoint(source: str, *, revision: str | None = None, dtype: str | No
             "tokenizer files of its base model into the folder."
         ) from error
     transformers.logging.disable_progress_bar()
-    model: Any = AutoModelForCausalLM.from_pretrained(checkpoint.folder, dtype=kind)
+    # sizes that differ are reported by name like the rest, instead of in a table of transformers
+    model, info = AutoModelForCausalLM.from_pretrained(
+        checkpoint.folder, dtype=kind, output_loading_info=True, ignore_mismatched_sizes=True
+    )
+    _require_all_weights(checkpoint.name, info)
     return model.to("cpu" if on_cpu else "cuda").eval(), tokenizer
 
 
+def _require_all_weights(name: str, info: dict[str, Any]) -> None:
+    """Refuses a model of which transformers has made up a part, or has left out a part of the file."""
+    problems = (
+        ("missing_keys", "lacks", "its configuration needs"),
+        ("mismatched_keys", "has in another size", "its configuration asks for"),
+        ("unexpected_keys", "holds", "its configuration does not know"),
+    )
+    for kind, verb, reason in problems:
+        keys = sorted(key if isinstance(key, str) else key[0] for key in info[kind])
+        keys = [key for key in keys if not _DERIVED.search(key)]
+        if keys:
+            more = f" and {len(keys) - 1} more" if len(keys) > 1 else ""
+            raise ValueError(
+                f"The checkpoint {name} {verb} the weight {keys[0]}{more}, which {reason}; give weights and "
+                "config.json of the same model."
+            )
+
+
+# computed from the configuration; old checkpoints carry them
+_DERIVED = re.compile(r"(^|\.)rotary_emb\.inv_freq$")
 _ALLOWED = ("mor", *BACKBONES)
