@@ -61,6 +61,8 @@ def test_biases_meet_the_capacities(sharing, drift):
     [
         (start_routers, {"router_bias": False}, "with a bias"),
         (start_routers, {"router_type": "mlp"}, "linear"),
+        (start_routers, {"inference_rule": "predictor"}, "inference_rule is 'predictor'"),
+        (start_routers, {"inference_rule": "topk"}, "inference_rule is 'topk'"),
         (calibrate_routers, {"inference_rule": "predictor"}, "'predictor'"),
         (calibrate_routers, {"router_bias": False}, "router_bias False"),
         (calibrate_routers, {"routing": "token_choice", "capacities": None}, "expert-choice"),
@@ -69,6 +71,20 @@ def test_biases_meet_the_capacities(sharing, drift):
 def test_what_cannot_be_calibrated_is_refused(call, fields, message):
     with pytest.raises(ValueError, match=message):
         call(build(**fields), [text_blocks().blocks[:2]])
+
+
+@pytest.mark.parametrize("tied", [1, 2])
+def test_tied_scores_are_refused_and_no_bias_moves(tied):
+    model, ids = build(), text_blocks().blocks[:4]
+    start_routers(model, [ids])
+    with torch.no_grad():
+        model.model.routers.bias[1] += 3.0
+        model.model.routers.weight[tied] = 0.0
+        model.model.routers.bias[tied] = 20.0
+    before = model.model.routers.bias.clone()
+    with pytest.raises(ValueError, match=f"scores of router {tied} are tied; train it or call `start_routers` first"):
+        calibrate_routers(model, [ids])
+    assert torch.equal(model.model.routers.bias, before)
 
 
 @pytest.mark.parametrize("call", [start_routers, calibrate_routers])

@@ -40,13 +40,20 @@ def start_routers(
         For each router that was set, the correlation of its logits with the gain on these batches.
 
     Raises:
-        ValueError: if the routers are not linear expert-choice routers with a bias, or there is no token.
+        ValueError: if the routers are not linear expert-choice routers with a bias under the rule "threshold", or
+            there is no token.
     """
     config = model.config
     if config.routing != "expert_choice" or config.router_type != "linear" or not config.router_bias:
         raise ValueError(
             f"routing is {config.routing!r}, router_type {config.router_type!r} and router_bias {config.router_bias}, "
             "but only linear expert-choice routers with a bias can be started; convert with `router_bias: true`."
+        )
+    if config.inference_rule != "threshold":
+        raise ValueError(
+            f"inference_rule is {config.inference_rule!r}, but only 'threshold' routers can be started, since no "
+            "other rule compares their scores with a threshold; train them, or convert with "
+            "`inference_rule: threshold`."
         )
     batches = [ids.to(model.device) for ids in batches]
     if not sum(ids[:, 1:].numel() for ids in batches):
@@ -92,8 +99,8 @@ def calibrate_routers(model: PreTrainedModel, batches: Iterable[torch.Tensor]) -
         batches: token ids of shape `(batch, seq_len)`; some thousand tokens are enough.
 
     Raises:
-        ValueError: if the routers are not expert-choice routers with a bias under the rule "threshold", or there is no
-            token.
+        ValueError: if the routers are not expert-choice routers with a bias under the rule "threshold", one of them
+            gives all tokens the same score, or there is no token; then no bias is changed.
     """
     config = model.config
     if config.routing != "expert_choice" or not config.router_bias or config.inference_rule != "threshold":
@@ -105,6 +112,8 @@ def calibrate_routers(model: PreTrainedModel, batches: Iterable[torch.Tensor]) -
     batches = [ids.to(model.device) for ids in batches]
     if not sum(ids.numel() for ids in batches):
         raise ValueError("The batches hold no token: give some text.")
+    bias = model.model.routers.bias
+    before = bias.clone()
     was_training = model.training
     model.eval()
     try:
@@ -113,9 +122,13 @@ def calibrate_routers(model: PreTrainedModel, batches: Iterable[torch.Tensor]) -
             recursion = router % config.num_recursions
             if config.capacities[recursion] < 1:
                 scores = torch.cat([_scores(model, ids, router) for ids in batches])
+                _require_order(scores, router)
                 edge = _edge(scores, config.capacities[recursion])
                 threshold = logit_threshold(config.router_thresholds[recursion])
-                model.model.routers.bias[router, 0] += threshold - edge
+                bias[router, 0] += threshold - edge
+    except BaseException:
+        bias.copy_(before)
+        raise
     finally:
         model.train(was_training)
 
@@ -125,6 +138,16 @@ def _scores(model: PreTrainedModel, ids: torch.Tensor, router: int) -> torch.Ten
     logits = model(ids, use_cache=False, output_routing=True, logits_to_keep=1).router_logits
     assert logits is not None
     return logits[..., router].flatten().nan_to_num(nan=-torch.inf)
+
+
+def _require_order(scores: torch.Tensor, router: int) -> None:
+    """Refuses equal scores: no bias parts them, and one at their edge would only halve everyone's gate."""
+    candidates = scores[torch.isfinite(scores)]
+    if len(candidates) > 1 and bool((candidates == candidates[0]).all()):
+        raise ValueError(
+            f"The scores of router {router} are tied; train it or call `start_routers` first, since a bias cannot "
+            "tell such tokens apart."
+        )
 
 
 def _edge(scores: torch.Tensor, capacity: float) -> torch.Tensor:
