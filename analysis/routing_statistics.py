@@ -55,10 +55,9 @@ def entered_passes(model: Any, output: Any, attention_mask: torch.Tensor | None 
     else:
         scores = logits.unflatten(-1, (blocks, n))
         candidates = ~scores.isnan()
-        predicted = causal_rule(config, scores)
-        whole = torch.tensor(dense_recursions(config), device=depth.device)
-        top = top_k_members(config, scores, valid)
-        for last in (candidates & (predicted | whole), top):
+        # predictors are no part of an output: where they decide, only the depth tells
+        guess = by_depth(candidates, depth) if config.inference_rule == "predictor" else causal_rule(config, scores)
+        for last in (guess, top_k_members(config, scores, valid)):
             # who is scored at recursion r + 1 entered recursion r; the last recursion needs the rule itself
             entered = torch.cat([candidates[..., 1:], last[..., -1:]], dim=-1)
             if torch.equal(entered.sum((-1, -2)), depth):
@@ -66,8 +65,8 @@ def entered_passes(model: Any, output: Any, attention_mask: torch.Tensor | None 
     entered = entered.flatten(-2)
     if not torch.equal(entered.sum(-1), depth):
         raise ValueError(
-            "The depths of the output follow neither the thresholds nor the capacities of the configuration, so the "
-            "passes of several blocks cannot be told apart; use the output of the same model after the capacity "
+            f"The passes of {blocks} blocks cannot be told apart, since the depths of the output follow neither the "
+            "thresholds nor the capacities of the configuration; use the output of the same model after the capacity "
             "warm-up, with inference_rule 'threshold' or 'topk'."
         )
     return entered
@@ -84,10 +83,29 @@ def token_choices(model: Any, logits: torch.Tensor) -> torch.Tensor:
 def causal_rule(config: Any, scores: torch.Tensor) -> torch.Tensor:
     """Expert choice: what the threshold says, sigmoid(logit) >= threshold of the recursion (paper, section 2.2.1).
 
+    A recursion of capacity 1 asks no router: every candidate enters.
+
     Args:
         scores: logits (..., num_recursions), NaN where the token was no candidate (the answer there is False).
     """
-    return scores >= scores.new_tensor([logit_threshold(threshold) for threshold in config.router_thresholds])
+    thresholds = [logit_threshold(threshold) for threshold in config.router_thresholds]
+    whole = torch.tensor(dense_recursions(config), device=scores.device)
+    return (scores >= scores.new_tensor(thresholds)) | (whole & ~scores.isnan())
+
+
+def by_depth(candidates: torch.Tensor, depth: torch.Tensor) -> torch.Tensor:
+    """Expert choice: who entered the last recursion, where the depth alone says it: all of its candidates, or none.
+
+    Args:
+        candidates: (batch, seq, num_blocks, num_recursions), which router scored which token.
+        depth: (batch, seq), passes of each token.
+
+    Returns:
+        bool, of the shape of `candidates`; only the last recursion means something, and where some candidates of a
+        token entered and others did not, it disagrees with `depth`.
+    """
+    in_last = depth - candidates[..., 1:].sum((-1, -2))
+    return candidates & (in_last == candidates[..., -1].sum(-1))[..., None, None]
 
 
 def top_k_members(config: Any, scores: torch.Tensor, valid: torch.Tensor) -> torch.Tensor:
@@ -141,7 +159,9 @@ class RoutingStatistics:
         shares: share of all tokens that entered each pass; under balance (N_r - r) / N_r.
         accuracy, precision, recall:
             expert choice: agreement of the causal rule with membership in top-k among the candidates ("sampling
-            accuracy", Table 13); NaN where a denominator is zero. Empty for token choice.
+            accuracy", Table 13); NaN where a denominator is zero. The rule is that of the configuration: the
+            thresholds, or what the predictors let in. Empty where no causal rule decided: for token choice, under the
+            rule "topk", and for predictors in training mode.
         dead_ratio:
             share of positions that no row ever routed into the pass ("dead tokens", Table 13; the paper quotes the
             last recursion). Positions count valid tokens from 0; 2/3 in the last pass means collapse by position.
@@ -187,6 +207,7 @@ class RoutingMeter:
         self.entered = torch.zeros(self.passes, dtype=torch.long)
         self.ever = torch.zeros(0, self.passes, dtype=torch.bool)
         # per pass: true and false positives and negatives of the rule; per pass or block: sums for the entropy
+        self.decided = model.config.inference_rule != "topk"
         self.agreement = torch.zeros(4, self.passes, dtype=torch.long)
         self.entropies = torch.zeros(self.passes, dtype=torch.double)
         self.scored = torch.zeros(self.passes, dtype=torch.long)
@@ -206,7 +227,7 @@ class RoutingMeter:
         if self.model.config.routing == "token_choice":
             self._see_choices(scores, entered, valid)
         else:
-            self._see_candidates(scores, valid)
+            self._see_candidates(scores, entered, valid)
 
     def _see_positions(self, entered: torch.Tensor, valid: torch.Tensor) -> None:
         positions = (valid.cumsum(1) - 1)[valid]
@@ -227,10 +248,15 @@ class RoutingMeter:
     def _softmax(self) -> bool:
         return self.model.config.router_activation == "softmax"
 
-    def _see_candidates(self, scores: torch.Tensor, valid: torch.Tensor) -> None:
+    def _see_candidates(self, scores: torch.Tensor, entered: torch.Tensor, valid: torch.Tensor) -> None:
         config = self.model.config
         members = top_k_members(config, scores, valid).flatten(-2)
         chosen = causal_rule(config, scores).flatten(-2)
+        if config.inference_rule == "predictor":
+            # in training mode top-k decided, so nothing is known of the predictors
+            self.decided &= not getattr(self.model, "training", False)
+            chosen = entered
+        self.decided &= config.inference_rule != "topk"
         scores = scores.flatten(-2)
         candidates = ~scores.isnan()
         outcomes = (chosen & members, chosen & ~members, ~chosen & members, ~chosen & ~members)
@@ -259,9 +285,10 @@ class RoutingMeter:
             loads = self.loads.double()
             violation = (loads.amax(-1) / loads.mean(-1) - 1).tolist()
         else:
-            hit, false, missed, right = self.agreement.double()
-            accuracy = ((hit + right) / (hit + false + missed + right)).tolist()
-            precision, recall = (hit / (hit + false)).tolist(), (hit / (hit + missed)).tolist()
+            if self.decided:
+                hit, false, missed, right = self.agreement.double()
+                accuracy = ((hit + right) / (hit + false + missed + right)).tolist()
+                precision, recall = (hit / (hit + false)).tolist(), (hit / (hit + missed)).tolist()
             entropy = self.entropies / self.scored
         return RoutingStatistics(
             tokens=self.tokens,

@@ -128,6 +128,66 @@ def test_topk_routing_agrees_with_itself():
     assert entered.sum(1).tolist() == [[16, 10, 16, 10]] * 2
 
 
+@torch.no_grad()
+def test_agreement_is_that_of_the_rule_that_decided():
+    """Predictors that contradict the routers: what entered counts, not what the thresholds would have said."""
+    model = build("expert-predictor")
+    bank = model.model.predictors
+    bank.weight.copy_(-model.model.routers.weight)
+    if bank.expand_weight is not None:
+        bank.expand_weight.copy_(model.model.routers.expand_weight)
+    ids = torch.randint(3, VOCABULARY, (2, 20), generator=torch.Generator().manual_seed(0))
+    output = model(ids, output_routing=True, use_cache=False)
+    meter = RoutingMeter(model)
+    meter.update(output)
+    figures = meter.result()
+    entered = output.token_depth >= 1
+    k = int(model.config.capacities[0] * 20)
+    members = torch.zeros_like(entered).scatter_(1, output.router_logits[..., 0].topk(k).indices, True)
+    assert figures.accuracy[0] == pytest.approx((entered == members).double().mean().item())
+    assert 0 < int(entered.sum()) < entered.numel()
+    assert figures.accuracy[0] != pytest.approx(
+        ((output.router_logits[..., 0] >= 0) == members).double().mean().item()
+    )
+
+
+@torch.no_grad()
+def test_no_agreement_where_no_causal_rule_decided():
+    model = build("expert")
+    ids = torch.randint(3, VOCABULARY, (2, 20), generator=torch.Generator().manual_seed(0))
+    model.config.inference_rule = "topk"
+    meter = RoutingMeter(model)
+    meter.update(model(ids, output_routing=True, use_cache=False))
+    figures = meter.result()
+    assert figures.accuracy == figures.precision == figures.recall == []
+    assert figures.entropy and figures.shares == [0.8, 0.5]
+    model = build("expert-predictor").train()
+    meter = RoutingMeter(model)
+    meter.update(model(ids, output_routing=True, use_cache=False))
+    assert meter.result().accuracy == []
+
+
+def test_a_router_that_is_not_asked_agrees():
+    """At capacity 1 every token enters, whatever the score."""
+    model, output = stub([[2, 1]], [[[-9.0, 1.0], [-9.0, -1.0]]], capacities=[1.0, 0.5])
+    meter = RoutingMeter(model)
+    meter.update(output)
+    assert meter.result().accuracy == [1.0, 1.0]
+
+
+@pytest.mark.parametrize("depths", [[4, 2], [3, 2]])
+def test_passes_of_predictors_in_several_blocks(depths):
+    """Where all or none of a token's candidates entered the last recursion its depth tells; else nothing does."""
+    logits = [[[0.0] * 4] * 2]
+    fields = {"capacities": [1.0, 0.5], "inference_rule": "predictor", "sharing": "sequence"}
+    model, output = stub([depths], logits, **fields)
+    if 3 in depths:
+        with pytest.raises(ValueError, match="cannot be told apart"):
+            entered_passes(model, output)
+    else:
+        assert entered_passes(model, output).tolist() == [[[True] * 4, [True, False, True, False]]]
+
+
 def test_refusals():
     model, output = stub([[1]], [[[0.0, 0.0]]], capacities=[1.0, 0.5])
     with pytest.raises(ValueError, match="No token was seen"):
