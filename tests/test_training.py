@@ -289,6 +289,24 @@ def test_distillation_loss_is_its_definition(tmp_path):
     assert "forward" not in vars(student)
 
 
+@pytest.mark.parametrize("average", [True, False])
+def test_logged_parts_have_the_scale_of_the_loss(average, tmp_path, monkeypatch):
+    """With several processes too, of which each sees a part of the items that all of them divide by."""
+    monkeypatch.setattr("accelerate.Accelerator.num_processes", 3)
+    student = build(**EXPERT)
+    torch.manual_seed(5)
+    trainer = DistillationTrainer(
+        model=student,
+        teacher=LlamaForCausalLM(source_config()),
+        args=arguments(tmp_path, average_tokens_across_devices=average),
+        distillation_weight=0.7,
+    )
+    loss = trainer.compute_loss(student, ragged_batch(), num_items_in_batch=torch.tensor(500)).item()
+    logs = {"loss": loss}
+    trainer.log(logs)
+    assert loss == pytest.approx(0.3 * logs["ce"] + 0.7 * logs["kl"] + logs["router_loss"], rel=1e-4)
+
+
 def test_distillation_moves_the_student_towards_the_teacher(converted, tmp_path):
     source, folder = converted
     student = AutoModelForCausalLM.from_pretrained(folder)

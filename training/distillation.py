@@ -22,7 +22,8 @@ class DistillationTrainer(Trainer):
     CE and KL are sums over the tokens with a label, divided once by their number in the whole optimizer step; so
     gradient accumulation gives the gradient of one large batch. Logits exist for `chunk` tokens at a time only: beyond
     the hidden states, training needs a few fp32 matrices of `(chunk, vocab)`. The logged `loss` is the whole, `ce`,
-    `kl` and `router_loss` are its parts, per token. Evaluation reports the student's own cross-entropy.
+    `kl` and `router_loss` are its parts, per token, over all processes. Evaluation reports the student's own
+    cross-entropy.
 
     The student may be wrapped (PEFT, DDP): only the `forward` of the innermost model is exchanged, and only during the
     call, as TRL does it.
@@ -102,10 +103,14 @@ class DistillationTrainer(Trainer):
             )
         with exchanged_forward(_innermost(model), self._distillation_forward):
             outputs = model(**inputs, num_items_in_batch=num_items_in_batch)
-        loss = outputs.loss
-        if self.args.average_tokens_across_devices and num_items_in_batch is not None:
-            loss = loss * self.accelerator.num_processes
+        loss = outputs.loss * self._world_scale(num_items_in_batch)
         return (loss, outputs) if return_outputs else loss
+
+    def _world_scale(self, num_items_in_batch: torch.Tensor | int | None) -> int:
+        """What undoes the mean over processes where every process divides by the items of them all."""
+        if self.args.average_tokens_across_devices and num_items_in_batch is not None:
+            return self.accelerator.num_processes
+        return 1
 
     def _distillation_forward(
         self,
@@ -140,7 +145,8 @@ class DistillationTrainer(Trainer):
         if aux_loss is not None:
             loss = loss + aux_loss
             parts["router_loss"] = aux_loss.detach()
-        self._note(parts, num_items_in_batch is not None)
+        scale = self._world_scale(num_items_in_batch)
+        self._note({name: part * scale for name, part in parts.items()}, num_items_in_batch is not None)
         if aux_loss is None:
             return CausalLMOutput(loss=loss)
         return RoutedCausalLMOutputWithPast(loss=loss, aux_loss=aux_loss)
