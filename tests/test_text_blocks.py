@@ -40,6 +40,13 @@ def test_sources(tmp_path):
     assert load_documents(DOCUMENTS) == [d.strip() for d in DOCUMENTS]
 
 
+def test_lines_of_jsonl_end_at_newlines_only(tmp_path):
+    texts = ["one\u2028still one", "two\x85 and\u2029", "three"]
+    rows = "\r\n".join(json.dumps({"text": text}, ensure_ascii=False) for text in texts)
+    (tmp_path / "rows.jsonl").write_bytes(rows.encode())
+    assert load_documents(tmp_path / "rows.jsonl") == [text.strip() for text in texts]
+
+
 def test_split_is_by_document_and_repeatable():
     train, rest = split_documents(DOCUMENTS, held_out=0.2, seed=3)
     assert not set(train) & set(rest) and sorted(train + rest) == sorted(DOCUMENTS)
@@ -62,6 +69,10 @@ def test_blocks_keep_the_stream():
     [
         (lambda p: load_documents(p / "empty.txt"), "No text"),
         (lambda p: load_documents(p / "binary.txt"), "not UTF-8"),
+        (lambda p: load_documents(p / "mixed"), r"1\.txt is not UTF-8"),
+        (lambda p: load_documents(p / "number.jsonl"), r"Line 2 of .*number\.jsonl holds no text: .* a string under"),
+        (lambda p: load_documents(p / "null.jsonl"), r"Line 1 of .*null\.jsonl holds no text"),
+        (lambda p: load_documents(["text", 7]), "Document 2 of the list is of type int"),
         (lambda p: load_documents(p / "bad.jsonl"), "Line 2"),
         (lambda p: load_documents(p / "bad.jsonl", text_column="other"), "Line 1"),
         (lambda p: load_documents(str(p / "nowhere.txt")), "no file or folder"),
@@ -74,6 +85,11 @@ def test_what_cannot_be_read_is_one_sentence(tmp_path, make, message, monkeypatc
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     (tmp_path / "empty.txt").write_text(" \n\n ")
     (tmp_path / "binary.txt").write_bytes(b"\xff\xfe\x00")
+    (tmp_path / "mixed").mkdir()
+    (tmp_path / "mixed" / "0.txt").write_text("fine")
+    (tmp_path / "mixed" / "1.txt").write_bytes(b"caf\xe9")
+    (tmp_path / "number.jsonl").write_text('{"text": "fine"}\n{"text": 7}\n')
+    (tmp_path / "null.jsonl").write_text('{"text": null}\n')
     (tmp_path / "bad.jsonl").write_text('{"text": "fine"}\n{"title": 1}\n')
     with pytest.raises(ValueError, match=message) as caught:
         make(tmp_path)

@@ -55,7 +55,7 @@ def load_documents(source: str | Path | Sequence[str] | None = None, *, text_col
         Non-empty documents in the order of the source.
 
     Raises:
-        ValueError: nothing to read there, or no text in it.
+        ValueError: nothing to read there, no text in it, or something that is no text.
     """
     if source is None:
         from pydoc_data.topics import topics
@@ -65,37 +65,54 @@ def load_documents(source: str | Path | Sequence[str] | None = None, *, text_col
         documents = list(source)
     elif (path := Path(source)).is_dir():
         files = sorted(p for p in path.rglob("*") if p.suffix in (".txt", ".md"))
-        documents = [p.read_text(encoding="utf-8") for p in files]
+        documents = [_text_of(p) for p in files]
     elif path.is_file():
         documents = _documents_of_file(path, text_column)
     else:
         documents = _documents_of_dataset(str(source), text_column)
-    kept = [text.strip() for text in documents if text and text.strip()]
+    documents = list(documents)
+    for number, text in enumerate(documents, 1):
+        if not isinstance(text, str):
+            raise ValueError(
+                f"Document {number} of {source if isinstance(source, str) else 'the list'} is of type "
+                f"{type(text).__name__}: every document must be a string, so leave this one out or convert it."
+            )
+    kept = [text.strip() for text in documents if text.strip()]
     if not kept:
         raise ValueError(f"No text in {source!s}: give a text file, a folder of .txt files, or a dataset with text.")
     return kept
 
 
 def _documents_of_file(path: Path, text_column: str) -> list[str]:
-    try:
-        text = path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not UTF-8 text (byte {error.start}): give a text file in UTF-8.") from None
+    text = _text_of(path)
     if path.suffix != ".jsonl":
         return _cut(text)
     documents = []
-    for number, line in enumerate(text.splitlines(), 1):
+    # str.splitlines would also cut at U+2028 and others, which JSON strings may hold
+    for number, line in enumerate(text.split("\n"), 1):
         if not line.strip():
             continue
         try:
             row: Any = json.loads(line)
-            documents.append(row if isinstance(row, str) else row[text_column])
+            found = row if isinstance(row, str) else row[text_column]
         except (ValueError, KeyError, TypeError):
+            found = None
+        if not isinstance(found, str):
             raise ValueError(
                 f"Line {number} of {path} holds no text: each line must be a JSON string or an object "
-                f"with the key {text_column!r}."
-            ) from None
+                f"with a string under the key {text_column!r}."
+            )
+        documents.append(found)
     return documents
+
+
+def _text_of(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8 text (byte {error.start}): give a text file in UTF-8.") from None
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read ({error.strerror}): give a text file in UTF-8.") from None
 
 
 def _cut(text: str) -> list[str]:
