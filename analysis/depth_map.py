@@ -74,9 +74,10 @@ def depth_map(
         ValueError: for an empty text or a model whose tokens all have the same depth by construction.
     """
     config = model.config
-    if not hasattr(config, "recursive_blocks"):
+    if not hasattr(config, "recursive_blocks") or getattr(config, "routing", None) == "none":
+        kind = f"{config.model_type!r} model" + (" with routing='none'" if hasattr(config, "routing") else "")
         raise ValueError(
-            f"A {config.model_type!r} model gives every token the same depth; give a model with routed layers, which "
+            f"A {kind} gives every token the same depth; give a model with routed layers, which "
             "`varidepth convert` makes from this one."
         )
     ids, texts, specials = tokenize(tokenizer, text, add_special_tokens)
@@ -158,15 +159,13 @@ BIDI_CONTROLS = frozenset("\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u206
 def lines_of(tokens: Sequence[MappedToken]) -> list[list[MappedToken]]:
     """The tokens line by line. A token that ends lines in its middle is cut there; each piece keeps its depth.
 
-    A newline is shown as the sign for a line break at the end of its line.
+    A newline is shown as `LINE_BREAK` at the end of its line.
     """
     lines: list[list[MappedToken]] = [[]]
     for token in tokens:
         *ended, rest = visible(token.text).split("\n")
         for part in ended:
-            lines[-1].append(
-                MappedToken(part + "\N{DOWNWARDS ARROW WITH CORNER LEFTWARDS}", token.depth, token.special)
-            )
+            lines[-1].append(MappedToken(part + LINE_BREAK, token.depth, token.special))
             lines.append([])
         if rest or not ended:
             lines[-1].append(MappedToken(rest, token.depth, token.special))

@@ -43,6 +43,9 @@ def run(args: argparse.Namespace) -> None:
         max_tokens=args.max_tokens,
         progress=not args.quiet and sys.stderr.isatty(),
     )
+    # only routed tokens ask a rule
+    routed = getattr(model.config, "routing", None) == "expert_choice"
+    rule = model.config.inference_rule if routed else None
     figures = {
         "nats_per_token": loss.nats_per_token,
         "nats_per_byte": loss.nats_per_byte,
@@ -51,6 +54,7 @@ def run(args: argparse.Namespace) -> None:
         "bytes": loss.bytes,
         "documents": loss.documents,
         "window": args.window,
+        "inference_rule": rule,
     }
     if args.json:
         print(json.dumps(figures, indent=2))
@@ -60,5 +64,5 @@ def run(args: argparse.Namespace) -> None:
     print(
         f"text        {loss.tokens} tokens, {loss.bytes} bytes, {loss.documents} documents, windows of {args.window}"
     )
-    if getattr(model.config, "inference_rule", None) == "topk" and model.config.routing == "expert_choice":
+    if rule == "topk":
         print("note        inference_rule is 'topk', which looks at future tokens: no causal model reaches this loss")

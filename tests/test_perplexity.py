@@ -2,10 +2,12 @@
 
 import json
 import math
+import shutil
 
 import pytest
 import torch
 from generation_reference import SIZES
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
@@ -113,8 +115,39 @@ def test_perplexity_command(checkpoint, tmp_path, capsys):
     assert main(["perplexity", str(checkpoint), str(text), "--json", "--window", "16"]) == 0
     figures = json.loads(capsys.readouterr().out)
     assert figures["tokens"] == 33 and figures["perplexity"] == pytest.approx(math.exp(figures["nats_per_token"]))
+    assert figures["inference_rule"] == "threshold"
     assert main(["perplexity", str(checkpoint), str(text)]) == 0
     assert "33 tokens" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (
+            lambda w: w.pop("model.layers.1.self_attn.q_proj.weight"),
+            "lacks the weight model.layers.1.self_attn.q_proj",
+        ),
+        (
+            lambda w: w.update({"model.layers.9.x": w["model.norm.weight"].clone()}),
+            "holds the weight model.layers.9.x, which",
+        ),
+        (
+            lambda w: w.update({"model.norm.weight": torch.ones(3)}),
+            "has in another size the weight model.norm.weight, which",
+        ),
+    ],
+)
+def test_weights_of_another_model_are_refused(spoil, message, checkpoint, tmp_path, capsys):
+    folder = shutil.copytree(checkpoint, tmp_path / "spoilt")
+    weights = load_file(folder / "model.safetensors")
+    spoil(weights)
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    text = tmp_path / "text.txt"
+    text.write_text(DOCUMENTS[0], encoding="utf-8")
+    for arguments in (["perplexity", str(folder), str(text)], ["depth-map", str(folder), "the cat"]):
+        assert main(arguments) == 2
+        said = capsys.readouterr().err.splitlines()[-1]
+        assert said.startswith("varidepth: The checkpoint spoilt ") and message in said
 
 
 def test_depth_map_command(checkpoint, tmp_path, capsys):
@@ -134,7 +167,11 @@ def test_commands_refuse_bad_input_in_one_sentence(checkpoint, tmp_path, capsys)
     make_model("vanilla").save_pretrained(vanilla)
     model = str(checkpoint)
     make_tokenizer(bos_token="<s>").save_pretrained(vanilla)
+    recursive = tmp_path / "recursive"
+    make_model("none").save_pretrained(recursive)
+    make_tokenizer(bos_token="<s>").save_pretrained(recursive)
     cases = [
+        (["depth-map", str(recursive), "text"], "A 'mor' model with routing='none' gives every token the same depth"),
         (["perplexity", model, str(tmp_path / "none.txt")], "does not exist; give a text file"),
         (["perplexity", model, str(empty)], "give a text file"),
         (["perplexity", model, str(binary)], "not UTF-8"),
