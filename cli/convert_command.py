@@ -2,15 +2,41 @@
 
 import argparse
 import dataclasses
+import re
 import types
 from typing import Any, get_args, get_origin
 
+from ..configuration.configuration_mor import (
+    BALANCINGS,
+    GATINGS,
+    INFERENCE_RULES,
+    KV_MODES,
+    ROUTER_ACTIVATIONS,
+    ROUTER_TYPES,
+    ROUTINGS,
+    SHARINGS,
+    MoRConfig,
+)
 from ..conversion.convert import convert
 from ..conversion.layer_maps import INITIALISATIONS
-from ..conversion.recipe import ARCHITECTURES, DTYPES, MOR_FIELDS, ROUTER_INITS, Recipe, shipped_recipes
+from ..conversion.recipe import ALIASES, ARCHITECTURES, DTYPES, MOR_FIELDS, ROUTER_INITS, Recipe, shipped_recipes
 
 
-_ALIASES = {"num_recursions": ["--recursions"]}
+_CHOICES = {
+    "sharing": SHARINGS,
+    "routing": ROUTINGS,
+    "router_type": ROUTER_TYPES,
+    "router_activation": tuple(dict.fromkeys(name for names in ROUTER_ACTIVATIONS.values() for name in names)),
+    "gating": GATINGS,
+    "inference_rule": INFERENCE_RULES,
+    "balancing": BALANCINGS,
+    "kv_mode": KV_MODES,
+}
+# described within other fields of MoRConfig
+_HELP = {
+    "balancing_coef": "Weight of the balancing loss.",
+    "balancing_update_rate": "Step of the bias with loss-free balancing.",
+}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -33,16 +59,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--overwrite", action="store_true", help="replace a checkpoint in the output folder")
     parser.add_argument("--quiet", action="store_true", help="print neither plan nor progress")
     group = parser.add_argument_group("fields of MoRConfig")
+    descriptions = field_descriptions(MoRConfig.__doc__ or "")
     for field, kind in MOR_FIELDS.items():
-        flags = _ALIASES.get(field, []) + [f"--{field.replace('_', '-')}"]
-        group.add_argument(*flags, dest=field, default=None, **_value_options(kind))
+        flags = [f"--{name.replace('_', '-')}" for name in (*_spellings(field), field)]
+        options = {"choices": _CHOICES[field]} if field in _CHOICES else _value_options(kind)
+        text = descriptions.get(field) or _HELP.get(field, "")
+        group.add_argument(*flags, dest=field, default=None, help=text.replace("%", "%%"), **options)
 
 
 def run(args: argparse.Namespace) -> None:
     """Converts as the flags say."""
     if args.quiet:
         _silence()
-    names = {field.name for field in dataclasses.fields(Recipe)} - {"mor", "source"} | set(MOR_FIELDS)
+    names = {field.name for field in dataclasses.fields(Recipe)} - {"mor", "source", "revision"} | set(MOR_FIELDS)
     fields = {name: getattr(args, name) for name in sorted(names) if getattr(args, name) is not None}
     convert(
         args.source,
@@ -54,6 +83,20 @@ def run(args: argparse.Namespace) -> None:
         quiet=args.quiet and not args.dry_run,
         **fields,
     )
+
+
+def field_descriptions(docstring: str) -> dict[str, str]:
+    """First sentence on each argument in a docstring's `Args` section."""
+    entries = re.findall(r"^ +([\w, ]+) \(`.*\):\n((?: {12,}.+\n)+)", docstring, flags=re.M)
+    sentences = {}
+    for names, text in entries:
+        sentence = re.split(r"(?<=\.)\s", " ".join(text.split()) + " ", maxsplit=1)[0]
+        sentences |= {name: sentence for name in names.split(", ")}
+    return sentences
+
+
+def _spellings(field: str) -> list[str]:
+    return [alias for alias, name in ALIASES.items() if name == field]
 
 
 def _value_options(kind: Any) -> dict[str, Any]:

@@ -1,17 +1,18 @@
-"""What belongs to a checkpoint beside weights and configuration: tokenizer and generation settings."""
+"""What belongs to a checkpoint beside weights and configuration: tokenizer, generation settings, terms of use."""
 
 import shutil
 from pathlib import Path
 
 from transformers import AutoTokenizer, GenerationConfig
 
+from .checkpoint_files import TEMPLATE_FOLDER, chat_templates, term_files
 from .checkpoint_writer import write_json
 from .source_checkpoint import SourceCheckpoint, generation_settings
 from .tensor_source import read_json
 
 
 def copy_companions(source: SourceCheckpoint, folder: Path) -> None:
-    """Copies the tokenizer and the generation settings of `source` to `folder`.
+    """Copies the tokenizer, its chat templates, the generation settings and the license of `source` to `folder`.
 
     Settings that the source does not have are written from its configuration (begin, end and padding tokens), as
     transformers does when it saves a model.
@@ -23,8 +24,13 @@ def copy_companions(source: SourceCheckpoint, folder: Path) -> None:
     if tokenizer is None and source.companions and not _names_its_class(source.folder):
         # AutoTokenizer found the class by the source's model type, which the new checkpoint does not have
         tokenizer = AutoTokenizer.from_pretrained(source.folder)
-    for path in source.companions:
+    for path in source.companions + term_files(source.folder):
         shutil.copyfile(path, folder / path.name)
+    templates = chat_templates(source.folder) if source.companions else []
+    if templates:
+        (folder / TEMPLATE_FOLDER).mkdir()
+    for path in templates:
+        shutil.copyfile(path, folder / TEMPLATE_FOLDER / path.name)
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)
     settings = generation_settings(source)

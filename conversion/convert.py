@@ -57,7 +57,7 @@ def convert(
         source (`str` or `Path`): folder, GGUF file or Hub id; None to take it from the recipe.
         output (`str` or `Path`): folder to make; it appears only when it is complete. May be None for a dry run.
         recipe (`Recipe`, `str`, `Path` or `dict`, *optional*): a recipe, a YAML file, or the name of a shipped recipe.
-        revision (`str`, *optional*): of a Hub source.
+        revision (`str`, *optional*): of a Hub source; goes before that of the recipe.
         dry_run (`bool`): stop after the plan.
         overwrite (`bool`): replace a checkpoint that is in `output`.
         quiet (`bool`): neither print the plan (stdout) nor the progress (stderr).
@@ -76,14 +76,25 @@ def convert(
     target = None if output is None else Path(output)
     if target is None and not dry_run:
         raise ConversionError("There is no output; give a folder for the new checkpoint, or ask for a dry run.")
+    if revision is None and (source is None or settings.source in (None, str(source))):
+        revision = settings.revision  # of another source it says nothing
     local = Path(where) if Path(where).exists() else None
     if local is not None:
-        settings = replace(settings, source=None)  # a path of this machine has no place in what is published
+        settings = replace(
+            settings, source=None, revision=None
+        )  # a path of this machine has no place in what is published
     if target is not None:
         check_output(target, local, overwrite=overwrite)
     checkpoint = open_source(where, revision=revision)
     check_tokenizer(checkpoint)
-    blueprint = (official_blueprint if is_official(checkpoint.weights) else vanilla_blueprint)(checkpoint, settings)
+    if local is None:
+        settings = replace(settings, source=str(where), revision=checkpoint.revision)
+    if is_official(checkpoint.weights):
+        settings = settings.for_official()
+        blueprint = official_blueprint(checkpoint, settings)
+    else:
+        settings = settings.for_vanilla()
+        blueprint = vanilla_blueprint(checkpoint, settings)
     check_targets(blueprint)
     if not quiet:
         print(blueprint.plan.table(), flush=True)

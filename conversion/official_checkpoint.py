@@ -142,6 +142,9 @@ def _read_layout(weights: TensorSource) -> _Layout:
                 f"The tensor {name} is part of no known official MoR layout (expert or token choice, Middle-Cycle or "
                 "Cycle); checkpoints with relaxation cannot be converted."
             )
+    for name in ("model.embed_tokens.weight", "model.norm.weight"):
+        if name not in layout.outer:
+            raise ConversionError(f"The official checkpoint lacks {name}; it is incomplete.")
     if len(layout.plain) not in (0, 2):
         raise ConversionError(
             f"The official checkpoint has {len(layout.plain)} plain layers beside its blocks, but Middle-Cycle has 2 "

@@ -23,12 +23,13 @@ from transformers.configuration_utils import PreTrainedConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from ..configuration.backbone_config import BACKBONES
-from .checkpoint_files import TOKENIZER_FILES
+from .checkpoint_files import TERMS, TOKENIZER_FILES
 from .errors import ConversionError
 from .tensor_source import TensorSource, open_weights, read_json
 
 
-_OTHER_PATTERNS = ["*.json", "*.jinja", "merges.txt", "vocab.txt", "*.model", "README.md"]
+_OTHER_PATTERNS = ["*.json", "*.jinja", "merges.txt", "vocab.txt", "*.model", "README.md", *TERMS]
+_COMMIT = re.compile(r"[0-9a-f]{40}")
 _BUFFERS = re.compile(r"(^|\.)rotary_emb\.inv_freq$")
 
 
@@ -42,7 +43,8 @@ class SourceCheckpoint:
         config: the configuration as transformers reads it.
         weights: the tensors.
         base_model: Hub id, if known.
-        license: license in the source's model card, if it has one.
+        license: `license`, `license_name` and `license_link` of the source's model card, those that it has.
+        revision: of a Hub repository; its commit where the cache tells it, else what was asked for.
         gguf: the GGUF file the weights come from.
         tokenizer: a tokenizer that no file holds (GGUF).
     """
@@ -52,7 +54,8 @@ class SourceCheckpoint:
     config: PreTrainedConfig
     weights: TensorSource
     base_model: str | None = None
-    license: str | None = None
+    license: dict[str, str] = field(default_factory=dict)
+    revision: str | None = None
     gguf: Path | None = None
     tokenizer: Any = None
     raw_config: dict[str, Any] = field(default_factory=dict)
@@ -82,9 +85,16 @@ def open_source(
     hub_id = None
     if not path.exists():
         path, hub_id = _download(str(source), revision), str(source)
+        if path.parent.name == "snapshots" and _COMMIT.fullmatch(path.name):
+            revision = path.name
     elif revision is not None:
         raise ConversionError(f"`revision` is {revision!r}, but {path.name} is local; leave the revision out.")
-    name = hub_id or path.resolve().name
+    checkpoint = _open_path(path, hub_id or path.resolve().name, hub_id, allowed)
+    checkpoint.revision = revision
+    return checkpoint
+
+
+def _open_path(path: Path, name: str, hub_id: str | None, allowed: tuple[str, ...]) -> SourceCheckpoint:
     if path.is_file():
         return _open_gguf(path, name, hub_id, allowed)
     weights = open_weights(path)
@@ -286,13 +296,13 @@ def check_tokenizer(source: SourceCheckpoint) -> None:
         )
 
 
-def _license_of(folder: Path) -> str | None:
-    """License in a model card; None without a readable one."""
+def _license_of(folder: Path) -> dict[str, str]:
+    """What a model card says about the license; empty without a readable one."""
     try:
-        found = ModelCard.load(folder / "README.md").data.license
+        found = ModelCard.load(folder / "README.md").data.to_dict()
     except Exception:  # a card is free text: a broken one is no reason to stop
-        return None
-    return found if isinstance(found, str) else None
+        return {}
+    return {key: found[key] for key in ("license", "license_name", "license_link") if isinstance(found.get(key), str)}
 
 
 def generation_settings(source: SourceCheckpoint) -> dict[str, Any] | None:

@@ -44,17 +44,19 @@ def vanilla_blueprint(source: SourceCheckpoint, recipe: Recipe) -> Blueprint:
     weights = vanilla_weights(source)
     fields = _with_router_defaults(recipe)
     if fields.get("num_recursions") is None:
-        raise ConversionError("The recipe lacks `num_recursions`; say how often the shared layers are applied.")
+        raise ConversionError(
+            "The number of recursions is missing; give `--recursions 2`, or `num_recursions` in recipe or call."
+        )
     depth = source.config.num_hidden_layers
     layer_map = map_layers(
         depth,
         fields["num_recursions"],
         fields.get("sharing") or "middle_cycle",
-        recipe.init,
+        recipe.init or "stepwise",
         prelude_layers=fields.get("prelude_layers"),
         coda_layers=fields.get("coda_layers"),
-        drop_layers=recipe.drop_layers,
-        seed=recipe.seed,
+        drop_layers=bool(recipe.drop_layers),
+        seed=recipe.seed or 0,
     )
     dtype = DTYPES[recipe.dtype] if recipe.dtype else common_dtype(weights)
     config = make_config(
@@ -67,7 +69,7 @@ def vanilla_blueprint(source: SourceCheckpoint, recipe: Recipe) -> Blueprint:
     )
     config.dtype = dtype
     targets = _body(weights, layer_map, DTYPES[recipe.dtype] if recipe.dtype else None)
-    fresh = fresh_tensors(config, router_init=recipe.router_init, seed=recipe.seed)
+    fresh = fresh_tensors(config, router_init=recipe.router_init or "on", seed=recipe.seed or 0)
     plan = ConversionPlan(
         source=source.name,
         backbone=config.backbone,

@@ -41,17 +41,17 @@ def write_card(
         f"{unique} unique layer(s), {shared} shared ones (`{config.sharing}`), and {config.coda_layers} "
         f"unique layer(s) at the end; {routing}."
     )
+    state = "Layers were put to a use that they were not trained for: train the model before you use it."
+    if config.num_recursions == 1:
+        description = f"{config.num_physical_layers} layers, each with weights of its own and one place in the model."
+        state = "Train the model before you use it, unless nothing but the format of the source was changed."
     healed = any("official" in note for note in plan.notes)
     text = _fill(
         "mor_card.md",
         title=folder_title(source.name, "MoR"),
         source_link=_link(base_model, source.name),
         description=description,
-        state=(
-            "The weights are those of the source, stored without duplicates."
-            if healed
-            else "Layers were put to a use that they were not trained for: train the model before you use it."
-        ),
+        state=("The weights are those of the source, stored without duplicates." if healed else state),
         plan=plan.table(),
         recipe=recipe.to_yaml(),
     )
@@ -60,12 +60,13 @@ def write_card(
 
 def write_unrolled_card(folder: Path, source: "SourceCheckpoint", config: PreTrainedConfig) -> None:
     """Writes the README.md of an unrolled checkpoint; `config` is the vanilla one."""
+    repeated = getattr(source.config, "num_recursions", 1) > 1
     text = _fill(
         "unrolled_card.md",
         title=folder_title(source.name, "unrolled"),
         source_link=_link(source.base_model, source.name),
         backbone=config.model_type,
-        description=f"{config.num_hidden_layers} layers, of which the repeated ones are copies.",
+        description=f"{config.num_hidden_layers} layers{', of which the repeated ones are copies' * repeated}.",
     )
     _save(folder, text, source.base_model, source.license, ["varidepth", config.model_type])
 
@@ -86,13 +87,13 @@ def _fill(template: str, **values: str) -> str:
     return Template(text).substitute(version=__version__, **values)
 
 
-def _save(folder: Path, text: str, base_model: str | None, license_: str | None, tags: list[str]) -> None:
+def _save(folder: Path, text: str, base_model: str | None, license_: dict[str, str], tags: list[str]) -> None:
     data = ModelCardData(
         base_model=base_model,
         library_name="transformers",
-        license=license_,
         pipeline_tag="text-generation",
         tags=tags,
+        **license_,  # type: ignore[arg-type]
     )
     card = ModelCard(f"---\n{data.to_yaml()}\n---\n\n{text}")
     (folder / "README.md").write_text(card.content, encoding="utf-8")

@@ -392,7 +392,7 @@ def disk_full_at_the_last_file(folder, monkeypatch):
 # recipe
 
 
-@case("num_recursions")
+@case("num_recursions", "--recursions")
 def recursions_left_out(folder, monkeypatch):
     return [str(folder / "source"), "-o", str(folder / "out")]
 
@@ -412,7 +412,7 @@ def wrong_dtype_flag(folder, monkeypatch):
     return convert_arguments(folder, "--dtype", "int8")
 
 
-@case("sharing", "'middle_cycel'", "'middle_cycle'")
+@case("sharing", "'middle_cycel'", "middle_cycle")
 def misspelt_sharing(folder, monkeypatch):
     return convert_arguments(folder, "--sharing", "middle_cycel")
 
@@ -425,6 +425,21 @@ def capacities_of_wrong_length(folder, monkeypatch):
 @case("router_bias", "router_init")
 def contradicting_router_fields(folder, monkeypatch):
     return convert_arguments(folder, "--no-router-bias")
+
+
+@case("`router_init` is 'random'", "no router")
+def random_routers_without_routing(folder, monkeypatch):
+    return convert_arguments(folder, "--routing", "none", "--router-init", "random")
+
+
+@case("`router_bias` is True", "no router")
+def router_bias_without_routing(folder, monkeypatch):
+    return convert_arguments(folder, "--routing", "none", "--router-bias")
+
+
+@case("`gating` is 'interpolate'", "no router")
+def gate_without_routing(folder, monkeypatch):
+    return convert_arguments(folder, "--routing", "none", "--gating", "interpolate")
 
 
 @case("max_shard_size")
@@ -445,6 +460,16 @@ def with_recipe(folder, text):
 @case("`num_recursion`", "`num_recursions`")
 def unknown_recipe_key(folder, monkeypatch):
     return with_recipe(folder, "to: mor\nnum_recursion: 2\n")
+
+
+@case("`num_recursions`", "twice")
+def recipe_with_a_field_in_two_spellings(folder, monkeypatch):
+    return with_recipe(folder, "num-recursions: 2\nrecursions: 2\n")
+
+
+@case("`revision`", "local")
+def recipe_with_the_revision_of_a_folder(folder, monkeypatch):
+    return with_recipe(folder, "recursions: 2\nrevision: main\n")
 
 
 @case("YAML", "line 2")

@@ -11,7 +11,9 @@ from pico_checkpoints import save_pico
 from transformers import AutoModelForCausalLM
 
 import varidepth
+from varidepth.cli.convert_command import _HELP, field_descriptions
 from varidepth.cli.main import COMMANDS, main
+from varidepth.conversion.recipe import MOR_FIELDS
 
 
 @pytest.fixture
@@ -73,13 +75,29 @@ def test_every_field_of_the_model_is_a_flag(source, tmp_path, capsys):
     assert (config.router_type, config.aux_loss_coef, config.kv_mode) == ("mlp", 0.01, "shared")
 
 
+def test_help_describes_every_field_of_the_model(capsys):
+    with pytest.raises(SystemExit):
+        main(["convert", "--help"])
+    text = " ".join(capsys.readouterr().out.split())
+    for words in (
+        "{cycle,sequence,middle_cycle,middle_sequence}",
+        "{weighted,additive,interpolate}",
+        "how often a shared layer can be applied",
+        "Unique layers before and after",
+        "Weight of the balancing loss.",
+    ):
+        assert words in text
+    for field in MOR_FIELDS:
+        assert field in _HELP or field_descriptions(varidepth.MoRConfig.__doc__)[field].endswith(".")
+
+
 def test_flags_go_before_the_recipe(source, tmp_path):
     recipe = tmp_path / "recipe.yaml"
-    recipe.write_text(f"source: {source}\nnum_recursions: 3\nrouting: none\nrouter_init: on\naux_loss_coef: 1e-2\n")
+    recipe.write_text(f"source: {source}\nnum_recursions: 3\nrouter_init: on\naux_loss_coef: 1e-2\n")
     arguments = ["convert", "--recipe", str(recipe), "-o", str(tmp_path / "mor"), "--recursions", "2", "--quiet"]
     assert main(arguments) == 0
     config = varidepth.MoRConfig.from_pretrained(tmp_path / "mor")
-    assert (config.num_recursions, config.routing, config.aux_loss_coef) == (2, "none", 0.01)
+    assert (config.num_recursions, config.routing, config.aux_loss_coef) == (2, "expert_choice", 0.01)
     for name in ("varidepth_recipe.yaml", "varidepth_plan.json", "README.md", "config.json"):
         assert str(tmp_path) not in (tmp_path / "mor" / name).read_text()
 

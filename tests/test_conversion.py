@@ -122,7 +122,20 @@ def test_a_hub_id(tmp_path, monkeypatch):
     result = convert("someone/something", tmp_path / "mor", num_recursions=2, revision="v1", quiet=True)
     assert asked == [("someone/something", "v1", True)]
     assert result.plan.source == "someone/something"
+    recipe = yaml.safe_load((tmp_path / "mor" / "varidepth_recipe.yaml").read_text())
+    assert (recipe["source"], recipe["revision"]) == ("someone/something", "v1")
+    convert(None, tmp_path / "again", tmp_path / "mor" / "varidepth_recipe.yaml", quiet=True)
+    assert asked[1] == asked[0]
+    convert(snapshot, tmp_path / "local", tmp_path / "mor" / "varidepth_recipe.yaml", quiet=True)
     assert ModelCard.load(tmp_path / "mor" / "README.md").data.base_model == "someone/something"
+
+
+def test_the_commit_of_a_hub_source_is_recorded(tmp_path, monkeypatch):
+    snapshot = save_pico(tmp_path / "snapshots" / ("0a" * 20))
+    monkeypatch.setattr("varidepth.conversion.source_checkpoint.snapshot_download", lambda *a, **k: str(snapshot))
+    result = convert("someone/something", None, {"recursions": 2, "router-init": "random"}, dry_run=True, quiet=True)
+    assert result.plan.recipe["revision"] == "0a" * 20
+    assert (result.config.num_recursions, result.plan.recipe["router_init"]) == (2, "random")
 
 
 def test_generation_equals_the_repeated_vanilla_model(tmp_path):
@@ -221,10 +234,16 @@ def test_the_type_of_the_weights(asked, expected, tmp_path):
 
 def test_the_output_is_complete(tmp_path):
     source = save_pico(tmp_path / "source")
-    (source / "README.md").write_text("---\nlicense: apache-2.0\n---\nA model.\n")
+    terms = {"license": "other", "license_name": "pico", "license_link": "LICENSE.txt"}
+    (source / "README.md").write_text(f"---\n{yaml.safe_dump(terms)}---\nA model.\n")
+    for name in ("LICENSE.txt", "NOTICE", "USE_POLICY.md", "additional_chat_templates/tools.jinja"):
+        (source / name).parent.mkdir(exist_ok=True)
+        (source / name).write_text(name)
     (source / "chat_template.jinja").write_text("{{ messages }}")
     (source / "generation_config.json").write_text('{"temperature": 0.5, "do_sample": true, "eos_token_id": [2, 7]}')
     convert(source, tmp_path / "mor", num_recursions=2, base_model="someone/something", quiet=True)
+    for name in ("LICENSE.txt", "NOTICE", "USE_POLICY.md", "additional_chat_templates/tools.jinja"):
+        assert (tmp_path / "mor" / name).read_text() == name
     names = {path.name for path in (tmp_path / "mor").iterdir()}
     assert {
         "README.md",
@@ -253,7 +272,8 @@ def test_the_output_is_complete(tmp_path):
 
     card = ModelCard.load(tmp_path / "mor" / "README.md")
     assert "AutoTokenizer.from_pretrained(name, trust_remote_code=True)" in card.text
-    assert card.data.license == "apache-2.0" and card.data.base_model == "someone/something"
+    assert {key: getattr(card.data, key) for key in terms} == terms
+    assert card.data.base_model == "someone/something"
     assert card.data.library_name == "transformers" and card.data.pipeline_tag == "text-generation"
     assert "custom_code" in card.data.tags and "${" not in card.content
     assert str(tmp_path) not in card.content
@@ -309,6 +329,15 @@ def test_gemma_repeats_carry_the_attention_type_of_their_layer(tmp_path):
         types[layer.positions[0]] for layer in result.plan.layers
     ]
     assert any("different attention types" in note for note in result.plan.notes)
+
+
+def test_the_cards_of_one_recursion_claim_no_repetition(tmp_path):
+    source = save_pico(tmp_path / "source")
+    convert(source, tmp_path / "mor", num_recursions=1, quiet=True)
+    unroll(tmp_path / "mor", tmp_path / "vanilla", quiet=True)
+    for folder in ("mor", "vanilla"):
+        text = (tmp_path / folder / "README.md").read_text()
+        assert not any(words in text for words in ("shared ones", "repeated", "not trained for", "all 1 rec"))
 
 
 def test_overwriting_replaces_a_checkpoint(tmp_path):

@@ -116,6 +116,15 @@ def check_loads(folder):
         assert torch.isfinite(model.eval()(some_ids()).logits).all()
 
 
+def test_what_an_official_source_does_not_use_is_not_recorded(tmp_path):
+    official(tmp_path / "source")
+    result = convert(tmp_path / "source", tmp_path / "mor", quiet=True)
+    assert not {"init", "router_init", "drop_layers", "seed"} & result.plan.recipe.keys()
+    assert "init" not in (tmp_path / "mor" / "varidepth_recipe.yaml").read_text()
+    assert "init" not in result.plan.table().splitlines()[0]
+    convert(tmp_path / "source", tmp_path / "again", tmp_path / "mor" / "varidepth_recipe.yaml", quiet=True)
+
+
 def test_copies_that_safetensors_dropped_are_not_needed(tmp_path):
     tensors = official(tmp_path / "source")
     kept = {
@@ -135,6 +144,12 @@ def test_copies_that_safetensors_dropped_are_not_needed(tmp_path):
         ({"model.layers.9.mlp.up_proj.weight": 1.0}, {}, "3 plain layers"),
         ({"model.layers.1.block.0.self_attn.q_proj.weight": None}, {}, "first copy"),
         ({"model.layers.3.mor_router.router.weight": None}, {}, "model.routers.weight"),
+        ({"model.embed_tokens.weight": None}, {}, "lacks model.embed_tokens.weight"),
+        ({"model.norm.weight": None}, {}, "lacks model.norm.weight"),
+        ({}, {"init": "stepwise"}, "`init`"),
+        ({}, {"router_init": "on"}, "`router_init`"),
+        ({}, {"drop_layers": True}, "`drop_layers`"),
+        ({}, {"seed": 0}, "`seed`"),
         ({}, {"num_recursions": 2}, "`num_recursions`"),
         ({}, {"routing": "token_choice"}, "`routing`"),
     ],
