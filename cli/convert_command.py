@@ -88,7 +88,7 @@ def run(args: argparse.Namespace) -> None:
 def field_descriptions(docstring: str) -> dict[str, str]:
     """First sentence on each argument in a docstring's `Args` section."""
     entries = re.findall(r"^ +([\w, ]+) \(`.*\):\n((?: {12,}.+\n)+)", docstring, flags=re.M)
-    sentences = {}
+    sentences: dict[str, str] = {}
     for names, text in entries:
         sentence = re.split(r"(?<=\.)\s", " ".join(text.split()) + " ", maxsplit=1)[0]
         sentences |= {name: sentence for name in names.split(", ")}

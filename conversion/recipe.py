@@ -20,7 +20,7 @@ ARCHITECTURES = ("mor",)
 ROUTER_INITS = ("on", "random")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 ALIASES = {"recursions": "num_recursions"}  # other spellings of a field, as a key and as a flag
-_VANILLA_DEFAULTS = {"init": "stepwise", "seed": 0, "drop_layers": False}
+_VANILLA_DEFAULTS: dict[str, Any] = {"init": "stepwise", "seed": 0, "drop_layers": False}
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
 # the fields of MoRConfig that a recipe may set; the depth follows from the source
@@ -116,7 +116,7 @@ class Recipe:
         Raises:
             ConversionError: if it sets up routers that its routing does not have.
         """
-        unset = {key: value for key, value in _VANILLA_DEFAULTS.items() if getattr(self, key) is None}
+        unset: dict[str, Any] = {key: value for key, value in _VANILLA_DEFAULTS.items() if getattr(self, key) is None}
         if self.mor.get("routing") != "none":
             return dataclasses.replace(self, **unset, router_init=self.router_init or "on")
         given = ["router_init"] if self.router_init == "random" else []

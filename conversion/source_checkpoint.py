@@ -55,10 +55,10 @@ class SourceCheckpoint:
     weights: TensorSource
     base_model: str | None = None
     license: dict[str, str] = field(default_factory=dict)
-    revision: str | None = None
     gguf: Path | None = None
     tokenizer: Any = None
     raw_config: dict[str, Any] = field(default_factory=dict)
+    revision: str | None = None
 
     @property
     def companions(self) -> list[Path]:
