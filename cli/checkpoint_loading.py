@@ -41,9 +41,10 @@ def load_checkpoint(source: str, *, revision: str | None = None, dtype: str | No
         ) from error
     transformers.logging.disable_progress_bar()
     # sizes that differ are reported by name like the rest, instead of in a table of transformers
-    model, info = AutoModelForCausalLM.from_pretrained(
+    loaded: Any = AutoModelForCausalLM.from_pretrained(
         checkpoint.folder, dtype=kind, output_loading_info=True, ignore_mismatched_sizes=True
     )
+    model, info = loaded
     _require_all_weights(checkpoint.name, info)
     return model.to("cpu" if on_cpu else "cuda").eval(), tokenizer
 

@@ -160,9 +160,8 @@ class _SkippableLinear(nn.Linear):
         return super().forward(input)
 
 
-def _new_reading(attention_class: type) -> nn.Module:
-    cls = _reading_class(attention_class)
-    return cls.__new__(cls)
+def _new_reading(attention_class: type[nn.Module]) -> nn.Module:
+    return nn.Module.__new__(_reading_class(attention_class))
 
 
 class _ReadingAttention:
@@ -190,10 +189,10 @@ class _ReadingAttention:
                 projection.skipped = False
 
 
-_READING_CLASSES: dict[type, type] = {}
+_READING_CLASSES: dict[type[nn.Module], type[nn.Module]] = {}
 
 
-def _reading_class(attention_class: type) -> type:
+def _reading_class(attention_class: type[nn.Module]) -> type[nn.Module]:
     if attention_class not in _READING_CLASSES:
         name = attention_class.__name__
         _READING_CLASSES[attention_class] = type(name, (_ReadingAttention, attention_class), {})
