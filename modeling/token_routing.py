@@ -73,11 +73,6 @@ class Selection:
             update = torch.where(valid, update, self.gather(tokens))
         return tokens.index_put((self.rows[:, None], self.index), update)
 
-    def as_mask(self, like: torch.Tensor) -> torch.Tensor:
-        """The `(batch, seq_len)` mask of the selected tokens."""
-        entered = torch.ones_like(self.index, dtype=torch.bool)
-        return self.scatter(torch.zeros_like(like, dtype=torch.bool), entered)
-
 
 def _entering_first(active: torch.Tensor, k: int) -> torch.Tensor:
     return active.to(torch.uint8).argsort(dim=1, descending=True, stable=True)[:, :k]
