@@ -9,7 +9,6 @@ from typing import Any, get_args, get_origin
 from ..configuration.configuration_mor import (
     BALANCINGS,
     GATINGS,
-    INFERENCE_RULES,
     KV_MODES,
     ROUTER_ACTIVATIONS,
     ROUTER_TYPES,
@@ -28,7 +27,7 @@ _CHOICES = {
     "router_type": ROUTER_TYPES,
     "router_activation": tuple(dict.fromkeys(name for names in ROUTER_ACTIVATIONS.values() for name in names)),
     "gating": GATINGS,
-    "inference_rule": INFERENCE_RULES,
+    "inference_rule": MoRConfig.inference_rules,
     "balancing": BALANCINGS,
     "kv_mode": KV_MODES,
 }

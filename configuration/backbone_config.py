@@ -33,6 +33,8 @@ BACKBONES = (
     "cohere2",
     "starcoder2",
 )
+# families whose MLP is a mixture of experts; the shared blocks of a recursive model are dense
+MOE_BACKBONES = ("mixtral", "qwen3_moe")
 
 # lists with one entry per unrolled layer: a repeat of a layer carries the entry of its first use
 PER_LAYER_FIELDS = ("layer_types", "no_rope_layers")
@@ -71,7 +73,7 @@ class BackboneConfig(PreTrainedConfig):
     r"""
     Args:
         backbone (`str`, *optional*, defaults to `"llama"`):
-            Family whose decoder layers, norm, rotary embedding and embedding are used; one of `BACKBONES`.
+            Family whose decoder layers, norm, rotary embedding and embedding are used; one of `backbones`.
         num_hidden_layers (`int`, *optional*, defaults to 32):
             Unrolled depth: the number of layer applications of a token that skips nothing, and of KV cache slots.
         kwargs:
@@ -81,12 +83,15 @@ class BackboneConfig(PreTrainedConfig):
         ValueError: for a family that is not supported, and for a key that nobody knows.
     """
 
+    # those that the architecture supports
+    backbones = BACKBONES
+
     backbone: str = "llama"
     num_hidden_layers: int = 32
     use_cache: bool = True
 
     def __post_init__(self, **kwargs):
-        check_choice("backbone", self.backbone, BACKBONES)
+        check_choice("backbone", self.backbone, self.backbones)
         kwargs = self._adopt_family_fields(kwargs)
         super().__post_init__(**kwargs)
 
@@ -165,6 +170,18 @@ class BackboneConfig(PreTrainedConfig):
         """
         default = PreTrainedConfig().to_dict()
         return {key: value for key, value in self.to_dict().items() if key not in default or value != default[key]}
+
+
+def fields_of_source(source_config: PreTrainedConfig, backbones: tuple[str, ...]) -> dict[str, Any]:
+    """What a vanilla configuration says, as fields of a `BackboneConfig`.
+
+    Raises:
+        ValueError: for a family that is not in `backbones`.
+    """
+    backbone = source_config.model_type
+    check_choice("backbone", backbone, backbones)
+    known = family_fields(backbone) | {"id2label", "label2id", "dtype"}
+    return {"backbone": backbone, **{key: value for key, value in source_config.to_dict().items() if key in known}}
 
 
 def family_fields(backbone: str) -> set[str]:

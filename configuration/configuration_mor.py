@@ -5,7 +5,8 @@ from typing import Any, NamedTuple
 from huggingface_hub.dataclasses import strict
 from transformers.configuration_utils import PreTrainedConfig
 
-from .backbone_config import BACKBONES, PER_LAYER_FIELDS, BackboneConfig, check_choice, family_fields, first_uses
+from .backbone_config import PER_LAYER_FIELDS, check_choice, fields_of_source, first_uses
+from .routed_config import RoutedConfig, RoutedPass, check_capacities
 
 
 SHARINGS = ("cycle", "sequence", "middle_cycle", "middle_sequence")
@@ -14,7 +15,6 @@ ROUTER_TYPES = ("linear", "mlp", "wide_mlp")
 ROUTER_ACTIVATIONS = {"expert_choice": ("sigmoid", "tanh"), "token_choice": ("softmax", "sigmoid"), "none": ()}
 ROUTER_ALPHAS = {"expert_choice": 0.1, "token_choice": 1.0, "none": None}
 GATINGS = ("weighted", "additive", "interpolate")
-INFERENCE_RULES = ("threshold", "predictor", "topk")
 BALANCINGS = ("loss", "loss_free")
 KV_MODES = ("recursion", "shared")
 # fields that only some routings use, with the value that stands for "not given"
@@ -25,6 +25,8 @@ USED_BY = {
     "capacity_warmup_steps": (0, _EXPERT),
     "inference_rule": ("threshold", _EXPERT),
     "aux_loss_coef": (0.001, _EXPERT),
+    "compute": (None, _EXPERT),
+    "compute_curve": (None, _EXPERT),
     "balancing": ("loss", _TOKEN),
     "balancing_coef": (0.1, _TOKEN),
     "balancing_update_rate": (0.001, _TOKEN),
@@ -51,7 +53,7 @@ class RecursiveBlock(NamedTuple):
 
 
 @strict
-class MoRConfig(BackboneConfig):
+class MoRConfig(RoutedConfig):
     r"""
     Every field of the backbone's own configuration stands beside these.
 
@@ -90,7 +92,8 @@ class MoRConfig(BackboneConfig):
             Expert choice outside training: `threshold` on the router's score, `predictor` (a second router trained on
             detached inputs to predict membership), or `topk`, which looks at future tokens and only serves to measure.
         router_thresholds (`list[float]`, *optional*):
-            Thresholds on sigmoid(logit), one per recursion; 0.5 each by default.
+            Thresholds on sigmoid(logit), 0.5 each by default: one per recursion, or one per block and recursion, block
+            by block.
         aux_loss_coef (`float`, *optional*, defaults to 0.001):
             Expert choice: weight of the binary cross-entropy that teaches the causal rule the top-k membership.
         router_z_loss_coef (`float`, *optional*, defaults to 0.0):
@@ -115,16 +118,10 @@ class MoRConfig(BackboneConfig):
     coda_layers: int | None = None
     routing: str = "expert_choice"
     capacities: list[float | int] | None = None
-    capacity_warmup_steps: int = 0
     router_type: str = "linear"
-    router_bias: bool = False
     router_activation: str | None = None
     router_alpha: float | int | None = None
     gating: str = "weighted"
-    inference_rule: str = "threshold"
-    router_thresholds: list[float | int] | None = None
-    aux_loss_coef: float | int = 0.001
-    router_z_loss_coef: float | int = 0.0
     balancing: str = "loss"
     balancing_coef: float | int = 0.1
     balancing_update_rate: float | int = 0.001
@@ -163,7 +160,6 @@ class MoRConfig(BackboneConfig):
         check_choice("routing", self.routing, ROUTINGS)
         check_choice("router_type", self.router_type, ROUTER_TYPES)
         check_choice("gating", self.gating, GATINGS)
-        check_choice("inference_rule", self.inference_rule, INFERENCE_RULES)
         check_choice("balancing", self.balancing, BALANCINGS)
         check_choice("kv_mode", self.kv_mode, KV_MODES)
         activations = ROUTER_ACTIVATIONS[self.routing]
@@ -187,9 +183,10 @@ class MoRConfig(BackboneConfig):
                 self.router_alpha = 1.0 if self.gating == "interpolate" else ROUTER_ALPHAS[self.routing]
             if self.router_alpha <= 0:
                 raise ValueError(f"`router_alpha` is {self.router_alpha}, but must be positive.")
-        for field in ("aux_loss_coef", "router_z_loss_coef", "balancing_coef", "balancing_update_rate"):
+        for field in ("balancing_coef", "balancing_update_rate"):
             if getattr(self, field) < 0:
                 raise ValueError(f"`{field}` is {getattr(self, field)}, but must be zero or positive.")
+        self._check_shared()
         if self.kv_mode == "shared" and self.backbone in FUSED_QKV_BACKBONES:
             raise ValueError(
                 f"`kv_mode` is 'shared', but {self.backbone} computes queries, keys and values in one product, so "
@@ -202,24 +199,22 @@ class MoRConfig(BackboneConfig):
             self.capacities = [(n - r) / n for r in range(n)]
         if self.router_thresholds is None:
             self.router_thresholds = [0.5] * n
-        for field in ("capacities", "router_thresholds"):
-            values = getattr(self, field)
-            if len(values) != n:
-                raise ValueError(
-                    f"`{field}` has {len(values)} entries, but must have one per recursion (`num_recursions` is {n})."
-                )
-        if any(not 0 < c <= 1 for c in self.capacities) or sorted(self.capacities, reverse=True) != self.capacities:
+        if len(self.capacities) != n:
             raise ValueError(
-                f"`capacities` is {self.capacities}, but must be non-increasing numbers above 0 and at most 1: a "
-                "token that left never comes back."
+                f"`capacities` has {len(self.capacities)} entries, but must have one per recursion "
+                f"(`num_recursions` is {n})."
             )
-        if any(not 0 <= t <= 1 for t in self.router_thresholds):
+        if len(self.router_thresholds) not in (n, self.num_routers):
             raise ValueError(
-                f"`router_thresholds` is {self.router_thresholds}, but thresholds apply to sigmoid(logit) and must be "
-                "between 0 and 1."
+                f"`router_thresholds` has {len(self.router_thresholds)} entries, but must have one per recursion "
+                f"(`num_recursions` is {n})"
+                + (f" or one per router ({self.num_routers})." if self.num_routers != n else ".")
             )
-        if self.capacity_warmup_steps < 0:
-            raise ValueError(f"`capacity_warmup_steps` is {self.capacity_warmup_steps}, but must be zero or positive.")
+        check_capacities("capacities", self.capacities)
+        if sorted(self.capacities, reverse=True) != self.capacities:
+            raise ValueError(
+                f"`capacities` is {self.capacities}, but must be non-increasing: a token that left never comes back."
+            )
         if self.kv_mode == "shared" and self.capacities[0] != 1:
             raise ValueError(
                 f"`kv_mode` is 'shared' and `capacities` starts with {self.capacities[0]}, but the keys and values "
@@ -227,7 +222,7 @@ class MoRConfig(BackboneConfig):
                 "capacity to 1.0 or use kv_mode='recursion'."
             )
 
-    def validate_mor(self) -> None:
+    def validate_routing(self) -> None:
         """Run by transformers at construction and before saving."""
         self._resolve_sharing()
         self._resolve_routing()
@@ -259,6 +254,22 @@ class MoRConfig(BackboneConfig):
         return [RecursiveBlock(p, tuple(range(p, p + b)))]
 
     @property
+    def routed_passes(self) -> list[RoutedPass]:
+        """One for each block and recursion, block by block."""
+        n = self.num_recursions
+        shares = self.capacities if self.routing == "expert_choice" else [(n - r) / n for r in range(n)]
+        passes = []
+        for block in self.recursive_blocks:
+            width = len(block.layers)
+            for r in range(n):
+                start = block.start + r * width
+                slots = tuple(range(start, start + width))
+                share = 1.0 if self.routing == "none" else shares[r]
+                always = self.routing == "none" or (r == 0 if self.routing == "token_choice" else share == 1)
+                passes.append(RoutedPass(slots, share, always, writes_kv=r == 0 or self.kv_mode == "recursion"))
+        return passes
+
+    @property
     def num_routers(self) -> int:
         """Expert choice has a router per block and recursion, token choice one per block."""
         per_block = {"expert_choice": self.num_recursions, "token_choice": 1, "none": 0}[self.routing]
@@ -286,12 +297,9 @@ class MoRConfig(BackboneConfig):
         Raises:
             ValueError: for a family that is not supported or an invalid combination of fields.
         """
-        backbone = source_config.model_type
-        check_choice("backbone", backbone, BACKBONES)
-        known = family_fields(backbone) | {"id2label", "label2id", "dtype"}
-        family = {key: value for key, value in source_config.to_dict().items() if key in known}
+        family = fields_of_source(source_config, cls.backbones)
         depth = source_config.num_hidden_layers
-        fields = {**family, "backbone": backbone, "num_recursions": num_recursions, **mor_fields}
+        fields = {**family, "num_recursions": num_recursions, **mor_fields}
         per_layer = [name for name in PER_LAYER_FIELDS if family.get(name) is not None and name not in mor_fields]
         for name in per_layer:
             fields.pop(name)

@@ -105,6 +105,18 @@ class AttentionContext:
             return None
         return torch.nn.functional.pad(restarts.cumsum(1), (1, 0)).expand(self.batch_size, -1)
 
+    def first_tokens(self, count: int) -> torch.Tensor:
+        """Which new tokens are among the first `count` of their row or document, of shape `(batch, seq_len)`."""
+        if self.documents is not None:
+            starts = torch.nn.functional.pad(self.documents.diff(dim=1), (1, 0), value=1).bool()
+            columns = self.columns.expand_as(self.documents)
+            place = columns - columns.masked_fill(~starts, 0).cummax(dim=1).values
+        elif self.padding is not None:
+            place = (self.padding.cumsum(dim=1) - 1).index_select(1, self.columns)
+        else:
+            place = self.columns.expand(self.batch_size, -1)
+        return self.valid & (place < count)
+
     def _make_dense_mask(self, kind: str, slot: int, explicit: bool) -> torch.Tensor | None:
         make: Any = create_sliding_window_causal_mask if kind == "sliding_attention" else create_causal_mask
         return make(

@@ -7,8 +7,8 @@ are called with the one signature that transformers 5 gives them all, and what i
 
 import copy
 import importlib
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from types import ModuleType
 from typing import Any
 
@@ -16,6 +16,8 @@ import torch
 from torch import nn
 from transformers.configuration_utils import PreTrainedConfig
 from transformers.modeling_utils import PreTrainedModel
+
+from .module_mixins import NoOpExperts, mix_in
 
 
 @dataclass(frozen=True)
@@ -30,6 +32,8 @@ class Family:
         softcaps_attention: its attention caps the scores, which `sdpa` cannot do.
         scale_embeddings: what its model does to the embeddings, `(config, embeddings, training) -> embeddings`.
         finish_logits: what its language model does to the head's output, `(config, logits) -> logits`.
+        norm_after: norm between a part of the layer and the residual stream, `attention` or `mlp` -> name.
+        num_experts: field of its configuration that counts the experts of its MLP.
     """
 
     module: str
@@ -39,6 +43,8 @@ class Family:
     softcaps_attention: bool = False
     scale_embeddings: Callable[[PreTrainedConfig, torch.Tensor, bool], torch.Tensor] | None = None
     finish_logits: Callable[[PreTrainedConfig, torch.Tensor], torch.Tensor] | None = None
+    norm_after: Mapping[str, str] = field(default_factory=dict)
+    num_experts: str | None = None
 
     @property
     def modeling(self) -> ModuleType:
@@ -53,13 +59,15 @@ def _softcap_logits(config: PreTrainedConfig, logits: torch.Tensor) -> torch.Ten
     return logits if cap is None else torch.tanh(logits / cap) * cap
 
 
+_SANDWICH = {"attention": "post_attention_layernorm", "mlp": "post_feedforward_layernorm"}
+
 FAMILIES: dict[str, Family] = {
     "llama": Family("llama", "Llama"),
     "mistral": Family("mistral", "Mistral", uniform_window=True),
     "qwen2": Family("qwen2", "Qwen2"),
     "qwen3": Family("qwen3", "Qwen3"),
     "smollm3": Family("smollm3", "SmolLM3"),
-    "olmo2": Family("olmo2", "Olmo2"),
+    "olmo2": Family("olmo2", "Olmo2", norm_after=_SANDWICH),
     "phi3": Family("phi3", "Phi3", uniform_window=True),
     "granite": Family(
         "granite",
@@ -67,10 +75,12 @@ FAMILIES: dict[str, Family] = {
         scale_embeddings=lambda config, embeddings, training: embeddings * config.embedding_multiplier,
         finish_logits=lambda config, logits: logits / config.logits_scaling,
     ),
-    "gemma2": Family("gemma2", "Gemma2", softcaps_attention=True, finish_logits=_softcap_logits),
-    "gemma3_text": Family("gemma3", "Gemma3", base_model="TextModel", finish_logits=_softcap_logits),
-    "exaone4": Family("exaone4", "Exaone4"),
-    "glm4": Family("glm4", "Glm4"),
+    "gemma2": Family("gemma2", "Gemma2", softcaps_attention=True, finish_logits=_softcap_logits, norm_after=_SANDWICH),
+    "gemma3_text": Family(
+        "gemma3", "Gemma3", base_model="TextModel", finish_logits=_softcap_logits, norm_after=_SANDWICH
+    ),
+    "exaone4": Family("exaone4", "Exaone4", norm_after=_SANDWICH),
+    "glm4": Family("glm4", "Glm4", norm_after={"attention": "post_self_attn_layernorm", "mlp": "post_mlp_layernorm"}),
     "cohere2": Family("cohere2", "Cohere2", finish_logits=lambda config, logits: logits * config.logit_scale),
     "starcoder2": Family(
         "starcoder2",
@@ -80,6 +90,8 @@ FAMILIES: dict[str, Family] = {
             embeddings, p=config.embedding_dropout, training=training
         ),
     ),
+    "mixtral": Family("mixtral", "Mixtral", uniform_window=True, num_experts="num_local_experts"),
+    "qwen3_moe": Family("qwen3_moe", "Qwen3Moe", num_experts="num_experts"),
 }
 
 
@@ -127,8 +139,26 @@ def build_parts(config: PreTrainedConfig) -> tuple[nn.Module, nn.Module, nn.Modu
 
 def build_layers(config: PreTrainedConfig, first_use: dict[int, int]) -> nn.ModuleList:
     """One decoder layer per physical layer, built for the unrolled index of its first use."""
-    layer_class = family_of(config).find("DecoderLayer")
-    return nn.ModuleList([layer_class(config, first_use[layer]) for layer in sorted(first_use)])
+    family = family_of(config)
+    layers = nn.ModuleList([family.find("DecoderLayer")(config, first_use[layer]) for layer in sorted(first_use)])
+    if getattr(config, "num_noop_experts", 0):
+        wide = copy.copy(config)
+        wide.__dict__[family.num_experts] = getattr(config, family.num_experts) + config.num_noop_experts
+        for layer in layers:
+            if has_experts(layer):
+                layer.mlp.gate = type(layer.mlp.gate)(wide)
+                mix_in(layer.mlp.experts, NoOpExperts)
+    return layers
+
+
+def has_experts(layer: nn.Module) -> bool:
+    """Whether the MLP of a decoder layer is a mixture of experts."""
+    return hasattr(layer.mlp, "experts")
+
+
+def expert_load_loss(config: PreTrainedConfig, logits: tuple[torch.Tensor, ...], num_experts: int) -> torch.Tensor:
+    """The family's own load-balancing loss over expert logits of shape `(tokens, num_experts)`, one per layer."""
+    return family_of(config).modeling.load_balancing_loss_func(logits, num_experts, config.num_experts_per_tok)
 
 
 def rotary_embeddings(
@@ -138,65 +168,6 @@ def rotary_embeddings(
     if isinstance(getattr(rotary, "rope_type", None), dict):
         return {kind: rotary(hidden_states, position_ids, kind) for kind in kinds}
     return dict.fromkeys(kinds, rotary(hidden_states, position_ids=position_ids))
-
-
-def share_key_values(layers: nn.ModuleList) -> None:
-    """Lets the attention of `layers` skip its key and value projections where it only reads them."""
-    for layer in layers:
-        attention = layer.self_attn
-        attention.__class__ = _reading_class(type(attention))
-        for projection in (attention.k_proj, attention.v_proj):
-            projection.__class__ = _SkippableLinear
-
-
-class _SkippableLinear(nn.Linear):
-    """A linear layer that returns zeros, at no cost, while `skipped` is set."""
-
-    skipped = False
-
-    def forward(self, input: torch.Tensor) -> torch.Tensor:
-        if self.skipped:
-            return input.new_zeros(1).expand(*input.shape[:-1], self.out_features)
-        return super().forward(input)
-
-
-def _new_reading(attention_class: type[nn.Module]) -> nn.Module:
-    return nn.Module.__new__(_reading_class(attention_class))
-
-
-class _ReadingAttention:
-    """Takes the view of the shared keys and values as `shared_kv`.
-
-    Under gradient checkpointing a decoder layer drops what it gets as `past_key_values`. The projections are switched
-    here, inside the layer, so that the recomputation in the backward pass skips what the forward pass skipped.
-    """
-
-    def __reduce_ex__(self, protocol: Any) -> tuple:
-        """Pickles by the family's own class: this one is made at run time."""
-        return _new_reading, (type(self).__bases__[1],), self.__dict__
-
-    def forward(self, hidden_states: torch.Tensor, *args: Any, shared_kv: Any = None, **kwargs: Any) -> Any:
-        if shared_kv is None:
-            return super().forward(hidden_states, *args, **kwargs)
-        kwargs["past_key_values"] = shared_kv
-        projections = [p for p in (self.k_proj, self.v_proj) if isinstance(p, _SkippableLinear)]
-        for projection in projections:
-            projection.skipped = shared_kv.reads
-        try:
-            return super().forward(hidden_states, *args, **kwargs)
-        finally:
-            for projection in projections:
-                projection.skipped = False
-
-
-_READING_CLASSES: dict[type[nn.Module], type[nn.Module]] = {}
-
-
-def _reading_class(attention_class: type[nn.Module]) -> type[nn.Module]:
-    if attention_class not in _READING_CLASSES:
-        name = attention_class.__name__
-        _READING_CLASSES[attention_class] = type(name, (_ReadingAttention, attention_class), {})
-    return _READING_CLASSES[attention_class]
 
 
 class BackbonePreTrainedModel(PreTrainedModel):
@@ -210,6 +181,10 @@ class BackbonePreTrainedModel(PreTrainedModel):
     _supports_attention_backend = True
     _supports_flash_attn = True
     _supports_flex_attn = True
+
+    def _can_set_experts_implementation(self) -> bool:
+        """transformers looks for experts in the module that defines the model class; ours come from the family's."""
+        return family_of(self.config).num_experts is not None
 
     @property
     def _supports_sdpa(self) -> bool:

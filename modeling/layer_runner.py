@@ -5,7 +5,7 @@ embeddings, cache views, what is recorded on request) is done here, once for all
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -15,6 +15,7 @@ from transformers.configuration_utils import PreTrainedConfig
 
 from .attention_context import AttentionContext
 from .depth_cache import DepthLayer, SharedKeyValues, SharedReader, SlotView, WritePlan
+from .module_mixins import RoutedPart
 from .token_routing import Selection
 
 
@@ -59,6 +60,28 @@ def _everything(tokens: torch.Tensor) -> torch.Tensor:
     return tokens
 
 
+AttentionInputs = tuple[torch.Tensor | None, tuple[torch.Tensor, torch.Tensor]]
+
+
+@dataclass(frozen=True)
+class Attending:
+    """How the tokens of one call attend.
+
+    Attributes:
+        view: what the layers get for their cache.
+        inputs: attention kind -> mask, and cosines and sines.
+        place: puts attention weights to their queries and keys.
+        layer_kwargs: further arguments of the layers.
+        is_empty: no token attends.
+    """
+
+    view: Any
+    inputs: Callable[[str], AttentionInputs]
+    place: Pick = _everything
+    layer_kwargs: dict[str, Any] = field(default_factory=dict)
+    is_empty: bool = False
+
+
 class LayerRunner:
     """Runs layer groups within one forward pass.
 
@@ -69,6 +92,9 @@ class LayerRunner:
         cache: the adopted cache, or `None`.
         recorder: what to record.
         layer_kwargs: the caller's further arguments, passed on to every layer.
+
+    Attributes:
+        mlp_tokens (`torch.BoolTensor`): which of the tokens that the MLP is computing count; `None` for all.
     """
 
     def __init__(
@@ -86,6 +112,7 @@ class LayerRunner:
         self.cache = cache
         self.recorder = recorder
         self.layer_kwargs = layer_kwargs
+        self.mlp_tokens: torch.Tensor | None = context.valid
 
     def run_dense(
         self,
@@ -103,19 +130,9 @@ class LayerRunner:
             shared: keys and values that the recursions share: written at recursion 0, read later.
         """
         update = hidden_states
-        view = self._view(group, None, shared, None)
+        attending = self._dense_attention(group, shared)
         for layer, slot in zip(group.layers, group.slots, strict=True):
-            kind = self.context.kinds[slot]
-            update = self._call(
-                layer,
-                slot,
-                update,
-                self.context.dense_mask(kind),
-                self.context.rotary[kind],
-                view,
-                _everything,
-                position_ids=self.context.position_ids,
-            )
+            update = self._call(layer, slot, update, attending)
             self.recorder.state(update)
         if combine is not None:
             update = combine(update, _everything)
@@ -137,30 +154,13 @@ class LayerRunner:
             combine: makes the selected tokens' new stream from the output and a pick of the selected tokens.
             shared: as in `run_dense`.
         """
-        context = self.context
-        query_columns = context.columns[selection.index]
-        plan = None
-        if shared is None and self.cache is not None:
-            slot_layer = self.cache.layers[group.slots[0]]
-            assert isinstance(slot_layer, DepthLayer)
-            plan = slot_layer.index.reserve(selection, context.columns)
-        view = self._view(group, plan, shared, None if selection.all_rows else selection.rows)
-        masks: dict[str, tuple[torch.Tensor | None, tuple[torch.Tensor, torch.Tensor]]] = {}
         update = selection.gather(hidden_states)
+        self.mlp_tokens = selection.valid
+        attending = self._selected_attention(group, selection, shared)
         for layer, slot in zip(group.layers, group.slots, strict=True):
-            kind = context.kinds[slot]
-            if kind not in masks:
-                if shared is not None:
-                    mask = context.dense_mask(kind) if selection.full else context.selected_rows(kind, selection)
-                elif plan is not None:
-                    mask = context.routed_mask(kind, selection.rows, query_columns, plan.key_columns, plan.key_valid)
-                else:
-                    mask = context.routed_mask(kind, selection.rows, query_columns, query_columns, selection.valid)
-                masks[kind] = mask, context.selected_rotary(kind, selection)
-            mask, rotary = masks[kind]
-            place = self._attention_place(selection, plan, shared is not None)
-            update = self._call(layer, slot, update, mask, rotary, view, place)
+            update = self._call(layer, slot, update, attending)
             self.recorder.state(selection.scatter(hidden_states, update) if self.recorder.hidden_states else update)
+        self.mlp_tokens = self.context.valid
         result = selection.scatter(hidden_states, combine(update, selection.gather))
         self.recorder.replace_last(result)
         return result
@@ -178,39 +178,90 @@ class LayerRunner:
         Args:
             active (`torch.BoolTensor` of shape `(batch, seq_len)`): the entering tokens.
         """
-        context = self.context
-        key_valid = None
-        if shared is None:
-            key_valid = self.cache.layers[group.slots[0]].flag(context.columns, active)
-            rows = torch.arange(context.batch_size, device=active.device)
-            query_columns = context.columns.expand(context.batch_size, -1)
-            key_columns = torch.arange(key_valid.shape[1], device=active.device).expand(context.batch_size, -1)
-        view = self._view(group, None, shared, None)
         update = hidden_states
         entered = active.unsqueeze(-1)
+        attending = self._masked_attention(group, active, shared)
         for layer, slot in zip(group.layers, group.slots, strict=True):
-            kind = context.kinds[slot]
-            if shared is None:
-                mask = context.routed_mask(kind, rows, query_columns, key_columns, key_valid)
-            else:
-                mask = context.dense_mask(kind)
-            update = self._call(layer, slot, update, mask, context.rotary[kind], view, _everything)
+            update = self._call(layer, slot, update, attending)
             self.recorder.state(torch.where(entered, update, hidden_states))
         result = torch.where(entered, combine(update, _everything).to(hidden_states.dtype), hidden_states)
         self.recorder.replace_last(result)
         return result
+
+    def run_part(self, group: LayerGroup, hidden_states: torch.Tensor, part: RoutedPart) -> torch.Tensor:
+        """Every token passes, but only those that enter `part` pass the attention, or the MLP, of the layers."""
+        if part.unit == "mlp" or part.active is None:
+            attending = self._dense_attention(group, None)
+        elif part.computes_all:
+            attending = self._masked_attention(group, part.active, None)
+        elif part.selection is not None:
+            attending = self._selected_attention(group, part.selection, None)
+        else:
+            attending = Attending(None, lambda kind: (None, self.context.rotary[kind]), is_empty=True)
+        if part.unit == "mlp" and part.selection is not None:
+            self.mlp_tokens = part.selection.valid
+        for layer, slot in zip(group.layers, group.slots, strict=True):
+            hidden_states = self._call(layer, slot, hidden_states, attending, routed=part)
+            self.recorder.state(hidden_states)
+        self.mlp_tokens = self.context.valid
+        return hidden_states
 
     def skip(self, slots: int, hidden_states: torch.Tensor) -> None:
         """Records `slots` layers that no token entered."""
         for _ in range(slots):
             self.recorder.state(hidden_states)
             if self.recorder.attentions is not None:
-                shape = (self.context.batch_size, self.config.num_attention_heads, self.context.seq_len, self._total)
-                self.recorder.attentions.append(hidden_states.new_zeros(shape))
+                self.recorder.attentions.append(self._no_attention(hidden_states))
 
-    @property
-    def _total(self) -> int:
-        return int(self.context.seen) + self.context.seq_len
+    def _dense_attention(self, group: LayerGroup, shared: SharedKeyValues | None) -> Attending:
+        context = self.context
+        return Attending(
+            self._view(group, None, shared, None),
+            lambda kind: (context.dense_mask(kind), context.rotary[kind]),
+            layer_kwargs={"position_ids": context.position_ids},
+        )
+
+    def _selected_attention(
+        self, group: LayerGroup, selection: Selection, shared: SharedKeyValues | None
+    ) -> Attending:
+        context = self.context
+        query_columns = context.columns[selection.index]
+        plan = None
+        if shared is None and self.cache is not None:
+            slot_layer = self.cache.layers[group.slots[0]]
+            assert isinstance(slot_layer, DepthLayer)
+            plan = slot_layer.index.reserve(selection, context.columns)
+        inputs: dict[str, AttentionInputs] = {}
+
+        def inputs_of(kind: str) -> AttentionInputs:
+            if kind not in inputs:
+                if shared is not None:
+                    mask = context.dense_mask(kind) if selection.full else context.selected_rows(kind, selection)
+                elif plan is not None:
+                    mask = context.routed_mask(kind, selection.rows, query_columns, plan.key_columns, plan.key_valid)
+                else:
+                    mask = context.routed_mask(kind, selection.rows, query_columns, query_columns, selection.valid)
+                inputs[kind] = mask, context.selected_rotary(kind, selection)
+            return inputs[kind]
+
+        view = self._view(group, plan, shared, None if selection.all_rows else selection.rows)
+        return Attending(view, inputs_of, self._attention_place(selection, plan, shared is not None))
+
+    def _masked_attention(self, group: LayerGroup, active: torch.Tensor, shared: SharedKeyValues | None) -> Attending:
+        context = self.context
+        view = self._view(group, None, shared, None)
+        if shared is not None:
+            return Attending(view, lambda kind: (context.dense_mask(kind), context.rotary[kind]))
+        key_valid = self.cache.layers[group.slots[0]].flag(context.columns, active)
+        rows = torch.arange(context.batch_size, device=active.device)
+        query_columns = context.columns.expand(context.batch_size, -1)
+        key_columns = torch.arange(key_valid.shape[1], device=active.device).expand(context.batch_size, -1)
+
+        def inputs_of(kind: str) -> AttentionInputs:
+            mask = context.routed_mask(kind, rows, query_columns, key_columns, key_valid)
+            return mask, context.rotary[kind]
+
+        return Attending(view, inputs_of)
 
     def _view(
         self, group: LayerGroup, plan: WritePlan | None, shared: SharedKeyValues | None, rows: torch.Tensor | None
@@ -222,34 +273,31 @@ class LayerRunner:
         return SlotView(self.cache, group.recursion * len(group.layers), plan)
 
     def _call(
-        self,
-        layer: int,
-        slot: int,
-        hidden_states: torch.Tensor,
-        attention_mask: torch.Tensor | None,
-        position_embeddings: tuple[torch.Tensor, torch.Tensor],
-        view: Any,
-        place: Pick,
-        **kwargs: Any,
+        self, layer: int, slot: int, hidden_states: torch.Tensor, attending: Attending, **kwargs: Any
     ) -> torch.Tensor:
         module = self.layers[layer]
-        key = "shared_kv" if isinstance(view, SharedKeyValues | SharedReader) else "past_key_values"
-        kwargs[key] = view
+        view = attending.view
+        kwargs["shared_kv" if isinstance(view, SharedKeyValues | SharedReader) else "past_key_values"] = view
+        mask, rotary = attending.inputs(self.context.kinds[slot])
         hook = None
         if self.recorder.attentions is not None:
             store = self.recorder.attentions
-            hook = module.self_attn.register_forward_hook(
-                lambda _, args, output: store.append(None if output[1] is None else place(output[1]))
-            )
+
+            def record(_: nn.Module, args: tuple, output: tuple[torch.Tensor, torch.Tensor | None]) -> None:
+                weights = self._no_attention(output[0]) if attending.is_empty else output[1]
+                store.append(None if weights is None else attending.place(weights))
+
+            hook = module.self_attn.register_forward_hook(record)
         if self.cache is not None and self.cache.offloading:
             # transformers prefetches the next slot only, which may not be the next one that runs
             self.cache.layers[slot].prefetch()
         try:
             output = module(
                 hidden_states,
-                attention_mask=attention_mask,
-                position_embeddings=position_embeddings,
+                attention_mask=mask,
+                position_embeddings=rotary,
                 **kwargs,
+                **attending.layer_kwargs,
                 **self.layer_kwargs,
             )
             return output.to(hidden_states.device)
@@ -257,12 +305,18 @@ class LayerRunner:
             if hook is not None:
                 hook.remove()
 
+    def _no_attention(self, like: torch.Tensor) -> torch.Tensor:
+        """Attention weights of a layer that no token entered."""
+        total = int(self.context.seen) + self.context.seq_len
+        return like.new_zeros(self.context.batch_size, self.config.num_attention_heads, self.context.seq_len, total)
+
     def _attention_place(self, selection: Selection, plan: WritePlan | None, dense_keys: bool) -> Pick:
         """Puts compact attention weights, of shape `(rows, heads, k, keys)`, to their queries and keys."""
         context = self.context
 
         def place(weights: torch.Tensor) -> torch.Tensor:
-            full = weights.new_zeros(context.batch_size, weights.shape[1], context.seq_len, self._total)
+            total = int(context.seen) + context.seq_len
+            full = weights.new_zeros(context.batch_size, weights.shape[1], context.seq_len, total)
             key_columns = context.columns[selection.index] if plan is None else plan.key_columns
             for i, row in enumerate(selection.rows.tolist()):
                 count = selection.counts[row]

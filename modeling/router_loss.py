@@ -36,6 +36,10 @@ class RouterLossTerms:
             term = weight * per_token.masked_fill(~where, 0.0).sum()
             self.total = term if self.total is None else self.total + term
 
+    def add_mean(self, loss: torch.Tensor, weight: float) -> None:
+        """Adds `weight` times a loss that is a mean over the valid tokens of this call already."""
+        self.add(loss.float() * self.valid, self.valid, weight)
+
     def mean(self, items: torch.Tensor | int | None) -> torch.Tensor | None:
         """The loss: the sum over `items`, or over the valid tokens of this call."""
         if self.total is None:

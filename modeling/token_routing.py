@@ -1,4 +1,4 @@
-"""Which tokens enter a group of layers: routers, selection rules, gates, and the gather and scatter of tokens."""
+"""The parts of routing: selections with gather and scatter of tokens, routers, top-k by capacity, gates."""
 
 import math
 from dataclasses import dataclass
@@ -79,7 +79,7 @@ def _entering_first(active: torch.Tensor, k: int) -> torch.Tensor:
 
 
 class RouterBank(nn.Module):
-    """All routers of a model, one per block and recursion (expert choice) or per block (token choice).
+    """All routers of a model: one for each pass (expert choice), or for each block (token choice).
 
     A router is a bias-free linear layer, or two with a GELU between (paper, section 3.1 and Table 13). Scores are
     computed in fp32. The parameters are stacked, so that a batch of mixed depths can index them and PEFT's
@@ -89,15 +89,15 @@ class RouterBank(nn.Module):
         num_routers: number of routers.
         hidden_size: input width.
         num_outputs: 1 for expert choice, `num_recursions` for token choice.
-        expansion: hidden width as a multiple of `hidden_size`; 0 for a linear router.
+        inner_size: inner width; 0 for a linear router.
         bias: adds a bias to the logits.
     """
 
-    def __init__(self, num_routers: int, hidden_size: int, num_outputs: int, expansion: int, bias: bool):
+    def __init__(self, num_routers: int, hidden_size: int, num_outputs: int, inner_size: int, bias: bool):
         super().__init__()
-        width = hidden_size * (expansion or 1)
+        width = inner_size or hidden_size
         self.weight = nn.Parameter(torch.empty(num_routers, num_outputs, width))
-        self.expand_weight = nn.Parameter(torch.empty(num_routers, width, hidden_size)) if expansion else None
+        self.expand_weight = nn.Parameter(torch.empty(num_routers, width, hidden_size)) if inner_size else None
         self.bias = nn.Parameter(torch.empty(num_routers, num_outputs)) if bias else None
 
     def reset_parameters(self, std: float) -> None:
@@ -117,32 +117,70 @@ class RouterBank(nn.Module):
             return F.linear(hidden_states, self.weight[router].float(), bias)
 
 
-def router_expansion(router_type: str) -> int:
-    return {"linear": 0, "mlp": 2, "wide_mlp": 4}[router_type]
-
-
-def top_k_membership(scores: torch.Tensor, candidates: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
-    """Membership of exactly `counts` tokens per row, the candidates of highest score; the earlier of equal ones.
+def top_k_membership(
+    scores: torch.Tensor, candidates: torch.Tensor, counts: torch.Tensor, documents: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Membership of exactly `counts` tokens, the candidates of highest score; the earlier of equal ones.
 
     Args:
         scores (`torch.Tensor` of shape `(batch, seq_len)`)
         candidates (`torch.BoolTensor` of shape `(batch, seq_len)`): only these compete.
-        counts (`torch.LongTensor` of shape `(batch,)`)
+        counts (`torch.LongTensor` of shape `(batch, 1)`, or `(batch, seq_len)` with documents)
+        documents (`torch.LongTensor` of shape `(batch, seq_len)`, *optional*):
+            Tokens compete within their document only; ascending numbers below `seq_len`.
 
     Returns:
         `torch.BoolTensor` of shape `(batch, seq_len)`.
     """
     order = scores.masked_fill(~candidates, -math.inf).argsort(dim=1, descending=True, stable=True)
+    if documents is not None:
+        order = order.gather(1, documents.gather(1, order).argsort(dim=1, stable=True))
     rank = torch.empty_like(order).scatter_(
         1, order, torch.arange(order.shape[1], device=order.device).expand_as(order)
     )
-    return (rank < counts[:, None]) & candidates
+    if documents is not None:
+        sizes = torch.zeros_like(documents).scatter_add_(1, documents, torch.ones_like(documents))
+        rank = rank - (sizes.cumsum(1) - sizes).gather(1, documents)
+    return (rank < counts) & candidates
 
 
-def capacity_counts(capacity: float, valid: torch.Tensor) -> torch.Tensor:
-    """max(1, int(c * tokens)) of each row's valid tokens (the official rule, counted over the whole row)."""
-    lengths = valid.sum(dim=1)
-    return (lengths.double() * capacity).long().clamp(min=1).minimum(lengths)
+def capacity_counts(
+    capacity: float, valid: torch.Tensor, documents: torch.Tensor | None = None, multiple: int = 1
+) -> torch.Tensor:
+    """max(1, int(c * tokens)) of each row's valid tokens (the official rule of MoR, counted over the whole row).
+
+    Args:
+        capacity: share of the tokens.
+        valid (`torch.BoolTensor` of shape `(batch, seq_len)`): False at pads.
+        documents (`torch.LongTensor` of shape `(batch, seq_len)`, *optional*): counts within documents instead.
+        multiple: the count is rounded up to a multiple of this, as far as there are tokens.
+
+    Returns:
+        `torch.LongTensor` of shape `(batch, 1)`, or `(batch, seq_len)` with documents: the count of each token's own.
+    """
+    if documents is None:
+        lengths = valid.sum(dim=1, keepdim=True)
+    else:
+        lengths = torch.zeros_like(documents).scatter_add_(1, documents, valid.long()).gather(1, documents)
+    counts = (lengths.double() * capacity).long().clamp(min=1)
+    if multiple > 1:
+        counts = (counts + multiple - 1) // multiple * multiple
+    return counts.minimum(lengths)
+
+
+def top_k_edge(scores: torch.Tensor, candidates: torch.Tensor, members: torch.Tensor) -> torch.Tensor:
+    """The score that would let as many candidates of the whole batch in as are members, a scalar."""
+    ranked = scores[candidates].sort(descending=True).values
+    count = int(members.sum())
+    return (ranked[count - 1] + ranked[min(count, len(ranked) - 1)]) / 2
+
+
+def uniform_noise(position_ids: torch.Tensor, router: int) -> torch.Tensor:
+    """Numbers in [0, 1) that look random but are fixed for a position and a router: fp32, of the positions' shape."""
+    mixed = position_ids.long() * 0x9E3779B1 + (router + 1) * 0x85EBCA77
+    for shift, factor in ((16, 0x7FEB352D), (15, 0x846CA68B)):
+        mixed = ((mixed ^ ((mixed & 0xFFFFFFFF) >> shift)) * factor) & 0xFFFFFFFF
+    return ((mixed ^ (mixed >> 16)) >> 8).float() / 2**24
 
 
 def warmed_up(capacity: float, step: int, steps: int) -> float:
@@ -159,10 +197,24 @@ def logit_threshold(threshold: float) -> float:
     return math.inf if threshold >= 1 else math.log(threshold / (1 - threshold))
 
 
-def activate(logits: torch.Tensor, activation: str, alpha: float) -> torch.Tensor:
-    """Gate values alpha * G(logits) (paper, equations 2.1 and 2.2), fp32, of the logits' shape."""
+def activate(logits: torch.Tensor, activation: str, alpha: float | None = 1.0) -> torch.Tensor:
+    """Gate values, fp32, of the logits' shape: alpha * G(logits) (MoR, equations 2.1 and 2.2; MoD, equation 1).
+
+    Args:
+        logits (`torch.Tensor`)
+        activation: `softmax` over the last dimension, `sigmoid`, `tanh` or `raw` for G; `one_plus_tanh` for
+            1 + alpha tanh(logits); `straight_through` for exactly 1 with the gradient of the sigmoid.
+        alpha: unused by `straight_through`.
+    """
+    if activation == "straight_through":
+        soft = logits.sigmoid()
+        return 1 + (soft - soft.detach())
+    if activation == "one_plus_tanh":
+        return 1 + alpha * logits.tanh()
     if activation == "softmax":
         return alpha * logits.softmax(dim=-1)
+    if activation == "raw":
+        return alpha * logits
     return alpha * (logits.tanh() if activation == "tanh" else logits.sigmoid())
 
 

@@ -7,18 +7,34 @@ __version__ = "0.1.0"
 
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
 
+from varidepth.configuration.configuration_mod import MoDConfig
 from varidepth.configuration.configuration_mor import MoRConfig
 from varidepth.conversion.convert import convert
+from varidepth.modeling.modeling_mod import MoDForCausalLM, MoDForSequenceClassification, MoDModel
 from varidepth.modeling.modeling_mor import MoRForCausalLM, MoRForSequenceClassification, MoRModel
 
 
 def _register() -> None:
-    AutoConfig.register(MoRConfig.model_type, MoRConfig)
-    AutoModel.register(MoRConfig, MoRModel)
-    AutoModelForCausalLM.register(MoRConfig, MoRForCausalLM)
-    AutoModelForSequenceClassification.register(MoRConfig, MoRForSequenceClassification)
+    for model in (MoRForCausalLM, MoDForCausalLM):
+        classes = model.remote_classes
+        config = classes["AutoConfig"]
+        AutoConfig.register(config.model_type, config)
+        AutoModel.register(config, classes["AutoModel"])
+        AutoModelForCausalLM.register(config, classes["AutoModelForCausalLM"])
+        AutoModelForSequenceClassification.register(config, classes["AutoModelForSequenceClassification"])
 
 
 _register()
 
-__all__ = ["MoRConfig", "MoRForCausalLM", "MoRForSequenceClassification", "MoRModel", "__version__", "convert"]
+__all__ = [
+    "MoDConfig",
+    "MoDForCausalLM",
+    "MoDForSequenceClassification",
+    "MoDModel",
+    "MoRConfig",
+    "MoRForCausalLM",
+    "MoRForSequenceClassification",
+    "MoRModel",
+    "__version__",
+    "convert",
+]

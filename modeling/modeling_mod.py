@@ -1,0 +1,142 @@
+"""Mixture-of-Depths (MoD, arXiv 2404.02258).
+
+Identical to the backbone's vanilla model except: each routed layer, or its attention or its MLP alone, is passed by
+only some tokens; the others stay on the residual stream. A router scores the tokens at the layer's input; in training
+the top-k of a row enter, otherwise those that a causal rule lets in. Tokens that stay out cost nothing and store
+nothing, and nobody attends to them in that layer.
+"""
+
+import torch
+from transformers.generation import GenerationMixin
+
+from ..configuration.configuration_mod import MoDConfig
+from ..configuration.routed_config import RoutedPass
+from .decoder_backbone import family_of
+from .expert_choice import ExpertChoice
+from .generation_guard import RoutedGenerationGuard
+from .heads import CausalLMHead, SequenceClassificationHead
+from .layer_runner import LayerGroup
+from .module_mixins import RoutedPart, route_part
+from .remote_code import register_class_names
+from .routed_model import RoutedForward, RoutedModel, RoutedPreTrainedModel
+from .token_routing import Selection, activate, apply_gate, uniform_noise
+
+
+class MoDPreTrainedModel(RoutedPreTrainedModel):
+    config: MoDConfig
+
+
+class DepthRouting(RoutedForward):
+    """One forward pass through dense and routed layers."""
+
+    def run(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        config = self.config
+        self.choice = ExpertChoice(
+            self.model,
+            self.context,
+            self.trace,
+            self.losses,
+            self.step,
+            always_first=config.always_route_first,
+            multiple=config.capacity_multiple,
+        )
+        self.runner.recorder.state(hidden_states)
+        done = 0
+        for router, routed_pass in enumerate(self.passes):
+            layer = routed_pass.slots[0]
+            hidden_states = self._run_dense(range(done, layer), hidden_states)
+            hidden_states = self._run_routed(router, routed_pass, hidden_states)
+            done = layer + 1
+        return self._run_dense(range(done, config.num_hidden_layers), hidden_states)
+
+    def _run_dense(self, layers: range, hidden_states: torch.Tensor) -> torch.Tensor:
+        return self.runner.run_dense(LayerGroup(tuple(layers), tuple(layers)), hidden_states)
+
+    def _run_routed(self, router: int, routed_pass: RoutedPass, hidden_states: torch.Tensor) -> torch.Tensor:
+        """x + g f(x) for the tokens that enter, x for the others (paper, equation 1)."""
+        gate, active = self._decide(router, routed_pass, hidden_states)
+        self.trace.enter(active)
+        group = LayerGroup(routed_pass.slots, routed_pass.slots)
+        masked = self.context.is_static and not routed_pass.always
+        selection = None if masked or routed_pass.always else Selection.from_mask(active)
+        if routed_pass.unit != "block":
+            part = RoutedPart(
+                routed_pass.unit, gate, None if routed_pass.always else active, selection, computes_all=masked
+            )
+            return self.runner.run_part(group, hidden_states, part)
+
+        def combine(output: torch.Tensor, pick) -> torch.Tensor:
+            return apply_gate("interpolate", pick(hidden_states), output, pick(gate))
+
+        if routed_pass.always:
+            return self.runner.run_dense(group, hidden_states, combine)
+        if masked:
+            return self.runner.run_masked(group, hidden_states, active, combine)
+        if selection is None:
+            self.runner.skip(1, hidden_states)
+            return hidden_states
+        return self.runner.run_selected(group, hidden_states, selection, combine)
+
+    def _decide(
+        self, router: int, routed_pass: RoutedPass, hidden_states: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Gates, fp32, and who enters, both of shape `(batch, seq_len)`."""
+        config, valid = self.config, self.context.valid
+        if config.routing == "expert_choice":
+            logits, active = self.choice.decide(router, routed_pass, hidden_states, valid)
+            return activate(logits, config.gate, config.router_alpha), active
+        gate = torch.ones_like(valid, dtype=torch.float32)
+        if routed_pass.always:
+            return gate, valid
+        if self.model.training:
+            return gate, self.choice.top_k(routed_pass, torch.randn_like(gate), valid)
+        active = valid & (uniform_noise(self.context.position_ids, router) < routed_pass.share)
+        return gate, active if self.choice.forced is None else active | self.choice.forced
+
+
+class MoDModel(RoutedModel, MoDPreTrainedModel):
+    forward_class = DepthRouting
+    built_fields = (
+        "backbone", "num_hidden_layers", "routed_layers", "routing", "routing_unit", "router_bias",
+        "capacity_warmup_steps", "predictor_hidden_size", "num_noop_experts",
+    )  # fmt: skip
+    editable_fields = (
+        "capacity", "capacity_multiple", "gate", "router_alpha", "router_thresholds", "inference_rule", "ema_decay",
+        "always_route_first", "aux_loss_coef", "router_z_loss_coef", "compute", "compute_curve",
+    )  # fmt: skip
+
+    def __init__(self, config: MoDConfig):
+        super().__init__(config)
+        self._begin_build(config, {layer: layer for layer in range(config.num_hidden_layers)})
+        if config.num_routers:
+            self._build_routers(1, 0, config.predictor_hidden_size or 0)
+            if config.inference_rule == "ema_threshold":
+                # before the first step everyone enters
+                self._keep("threshold_ema", torch.empty(config.num_routers), float("-inf"))
+        if config.routing_unit != "block":
+            for layer in config.routed_layers:
+                route_part(
+                    self.layers[layer], config.routing_unit, family_of(config).norm_after.get(config.routing_unit)
+                )
+        self._end_build()
+
+
+class MoDForCausalLM(RoutedGenerationGuard, CausalLMHead, MoDPreTrainedModel, GenerationMixin):
+    def __init__(self, config: MoDConfig):
+        super().__init__(config)
+        self._build_head(MoDModel(config))
+
+
+class MoDForSequenceClassification(SequenceClassificationHead, MoDPreTrainedModel):
+    def __init__(self, config: MoDConfig):
+        super().__init__(config)
+        self._build_head(MoDModel(config))
+
+
+MoDPreTrainedModel.remote_classes = {
+    "AutoConfig": MoDConfig,
+    "AutoModel": MoDModel,
+    "AutoModelForCausalLM": MoDForCausalLM,
+    "AutoModelForSequenceClassification": MoDForSequenceClassification,
+}
+register_class_names("mod", MoDPreTrainedModel.remote_classes)
