@@ -83,7 +83,6 @@ class MoDConfig(RoutedConfig):
     """
 
     model_type = "mod"
-    keys_to_ignore_at_inference = ["past_key_values", "aux_loss", "token_depth", "router_logits"]
     backbones = BACKBONES + MOE_BACKBONES
     inference_rules = ("threshold", "predictor", "ema_threshold", "topk")
 

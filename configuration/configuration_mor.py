@@ -110,7 +110,6 @@ class MoRConfig(RoutedConfig):
     """
 
     model_type = "mor"
-    keys_to_ignore_at_inference = ["past_key_values", "aux_loss", "token_depth", "router_logits"]
 
     num_recursions: int = 2
     sharing: str = "middle_cycle"

@@ -54,6 +54,9 @@ class RoutedConfig(BackboneConfig):
             `router_thresholds`, in ascending order of compute.
     """
 
+    keys_to_ignore_at_inference = [
+        "past_key_values", "aux_loss", "routing_mask", "router_logits", "decision_logits",
+    ]  # fmt: skip
     inference_rules = ("threshold", "predictor", "topk")
 
     capacity_warmup_steps: int = 0

@@ -1,7 +1,5 @@
 """Which tokens enter a pass whose router takes its tokens: top-k in training, a causal rule otherwise."""
 
-from dataclasses import dataclass, field
-
 import torch
 from torch import nn
 
@@ -19,31 +17,42 @@ from .token_routing import (
 )
 
 
-@dataclass
 class RoutingTrace:
     """What a forward pass reports of its routing; nothing unless asked for.
 
+    Args:
+        wanted: record.
+        valid (`torch.BoolTensor` of shape `(batch, seq_len)`): False at pads.
+        passes: number of passes.
+        routers, outputs: number of routers, and of the outputs of each.
+
     Attributes:
-        depth (`torch.LongTensor` of shape `(batch, seq_len)`): passes entered so far; `None` if not asked.
-        logits: fp32 router outputs of shape `(batch, seq_len, outputs)`, router by router.
+        mask (`torch.BoolTensor` of shape `(batch, seq_len, passes)`): who entered.
+        router_logits: fp32, of shape `(batch, seq_len, routers, outputs)`; NaN where the token was no candidate.
+        decision_logits: fp32, of shape `(batch, seq_len, routers)`, what the causal rule compares with its thresholds.
     """
 
-    depth: torch.Tensor | None = None
-    logits: list[torch.Tensor] = field(default_factory=list)
+    def __init__(self, wanted: bool, valid: torch.Tensor, passes: int, routers: int, outputs: int):
+        self.mask = self.router_logits = self.decision_logits = None
+        if wanted:
+            self.mask = valid.new_zeros((*valid.shape, passes))
+            if routers:
+                empty = torch.full((*valid.shape, routers, outputs), float("nan"), device=valid.device)
+                self.router_logits = empty
+                self.decision_logits = empty[..., 0].clone() if outputs == 1 else None
 
-    def enter(self, active: torch.Tensor) -> None:
-        if self.depth is not None:
-            self.depth = self.depth + active
+    def enter(self, number: int, active: torch.Tensor) -> None:
+        if self.mask is not None:
+            self.mask[..., number] = active
 
-    def record(self, logits: torch.Tensor, candidates: torch.Tensor) -> None:
-        if self.depth is not None:
-            self.logits.append(logits.detach().masked_fill(~candidates.unsqueeze(-1), float("nan")))
+    def record(self, router: int, logits: torch.Tensor, candidates: torch.Tensor) -> None:
+        """Logits of one router, of shape `(batch, seq_len, outputs)`."""
+        if self.router_logits is not None:
+            self.router_logits[..., router, :] = logits.detach().masked_fill(~candidates.unsqueeze(-1), float("nan"))
 
-    def record_unasked(self, routers: int) -> None:
-        """Routers of one output that no token reached."""
-        if self.depth is not None:
-            shape = (*self.depth.shape, routers)
-            self.logits.append(torch.full(shape, float("nan"), device=self.depth.device))
+    def record_decision(self, router: int, logits: torch.Tensor, candidates: torch.Tensor) -> None:
+        if self.decision_logits is not None:
+            self.decision_logits[..., router] = logits.detach().masked_fill(~candidates, float("nan"))
 
 
 class ExpertChoice:
@@ -103,10 +112,11 @@ class ExpertChoice:
         """
         config, training = self.config, self.model.training
         logits = self._logits(self.model.routers, router, hidden_states, selection)
-        self.trace.record(logits.unsqueeze(-1), candidates)
+        self.trace.record(router, logits.unsqueeze(-1), candidates)
         causal_logits = logits
         if config.inference_rule == "predictor" and (training or not routed_pass.always):
             causal_logits = self._logits(self.model.predictors, router, hidden_states.detach(), selection)
+        self.trace.record_decision(router, causal_logits, candidates)
         if routed_pass.always:
             active = candidates
         elif training or config.inference_rule == "topk":

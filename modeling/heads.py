@@ -1,6 +1,6 @@
 """Heads and outputs that the routed architectures share."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
@@ -18,45 +18,52 @@ from .router_loss import attach_loss_hooks
 
 
 @dataclass
-class RoutedModelOutputWithPast(BaseModelOutputWithPast):
-    """
+class RoutingFields:
+    """What `output_routing=True` adds to an output, and the router's losses.
+
     Args:
         aux_loss (`torch.FloatTensor` of shape `(1,)`, *optional*):
             Weighted router losses of a training pass, as they are added to the loss.
-        token_depth (`torch.LongTensor` of shape `(batch, seq_len)`, *optional*, with `output_routing=True`):
-            Number of block applications that each token entered; 0 at pads.
-        router_logits (`torch.FloatTensor` of shape `(batch, seq_len, logits)`, *optional*, likewise):
+        routing_mask (`torch.BoolTensor` of shape `(batch, seq_len, passes)`, *optional*):
+            Which passes each token entered, in the order of `config.routed_passes`.
+        router_logits (`torch.FloatTensor` of shape `(batch, seq_len, logits)`, *optional*):
             Router outputs, router by router; NaN where the token was no candidate.
+        decision_logits (`torch.FloatTensor` of shape `(batch, seq_len, passes)`, *optional*):
+            Expert choice: what the causal rule compares with its thresholds, the outputs of routers or predictors; NaN
+            where it was not computed.
     """
 
     aux_loss: torch.FloatTensor | None = None
-    token_depth: torch.LongTensor | None = None
+    routing_mask: torch.BoolTensor | None = None
     router_logits: torch.FloatTensor | None = None
+    decision_logits: torch.FloatTensor | None = None
+
+    @property
+    def token_depth(self) -> torch.LongTensor | None:
+        """Number of passes that each token entered, of shape `(batch, seq_len)`; 0 at pads."""
+        return None if self.routing_mask is None else self.routing_mask.sum(dim=-1)
 
 
 @dataclass
-class RoutedCausalLMOutputWithPast(CausalLMOutputWithPast):
-    """A causal language model's output with the fields of `RoutedModelOutputWithPast`."""
-
-    aux_loss: torch.FloatTensor | None = None
-    token_depth: torch.LongTensor | None = None
-    router_logits: torch.FloatTensor | None = None
+class RoutedModelOutputWithPast(RoutingFields, BaseModelOutputWithPast):
+    """A decoder's output with `RoutingFields`."""
 
 
 @dataclass
-class RoutedSequenceClassifierOutputWithPast(SequenceClassifierOutputWithPast):
-    """A classifier's output with the fields of `RoutedModelOutputWithPast`."""
-
-    aux_loss: torch.FloatTensor | None = None
-    token_depth: torch.LongTensor | None = None
-    router_logits: torch.FloatTensor | None = None
+class RoutedCausalLMOutputWithPast(RoutingFields, CausalLMOutputWithPast):
+    """A causal language model's output with `RoutingFields`."""
 
 
-_ROUTING_FIELDS = ("past_key_values", "hidden_states", "attentions", "aux_loss", "token_depth", "router_logits")
+@dataclass
+class RoutedSequenceClassifierOutputWithPast(RoutingFields, SequenceClassifierOutputWithPast):
+    """A classifier's output with `RoutingFields`."""
+
+
+_COPIED = ("past_key_values", "hidden_states", "attentions", *(field.name for field in fields(RoutingFields)))
 
 
 def _routing_fields(outputs: RoutedModelOutputWithPast) -> dict[str, Any]:
-    return {name: getattr(outputs, name) for name in _ROUTING_FIELDS}
+    return {name: getattr(outputs, name) for name in _COPIED}
 
 
 class CausalLMHead:
@@ -91,7 +98,7 @@ class CausalLMHead:
         """As in every causal language model of transformers, and:
 
         Args:
-            output_routing (`bool`, *optional*): return `token_depth` and `router_logits`.
+            output_routing (`bool`, *optional*): report the routing, see `RoutingFields`.
         """
         outputs = self.model(
             input_ids=input_ids,

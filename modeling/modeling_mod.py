@@ -55,7 +55,7 @@ class DepthRouting(RoutedForward):
     def _run_routed(self, router: int, routed_pass: RoutedPass, hidden_states: torch.Tensor) -> torch.Tensor:
         """x + g f(x) for the tokens that enter, x for the others (paper, equation 1)."""
         gate, active = self._decide(router, routed_pass, hidden_states)
-        self.trace.enter(active)
+        self.trace.enter(router, active)
         group = LayerGroup(routed_pass.slots, routed_pass.slots)
         masked = self.context.is_static and not routed_pass.always
         selection = None if masked or routed_pass.always else Selection.from_mask(active)

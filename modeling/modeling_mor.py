@@ -74,10 +74,9 @@ class Recursion(RoutedForward):
                 logits, active = self.choice.decide(router, self.passes[router], hidden_states, active, selection)
                 gate = activate(logits, config.router_activation, config.router_alpha)
                 combine = self._gated_by(hidden_states, gate)
-            ended, selection, hidden_states = self._recur(group, active, hidden_states, combine, shared)
+            ended, selection, hidden_states = self._recur(number, group, active, hidden_states, combine, shared)
             if ended:
                 self.runner.skip(sum(len(skipped.slots) for skipped in block[r:]), hidden_states)
-                self.trace.record_unasked(len(block) - r - 1)
                 break
         return hidden_states
 
@@ -89,7 +88,7 @@ class Recursion(RoutedForward):
         config, valid = self.config, self.context.valid
         entry = hidden_states
         logits = self.model.routers(entry, number).to(entry.device)
-        self.trace.record(logits, valid)
+        self.trace.record(number, logits, valid)
         probabilities = activate(logits, config.router_activation, 1.0)
         loss_free = config.balancing == "loss_free"
         choice = (probabilities + self.model.balancing_bias[number] if loss_free else probabilities).argmax(dim=-1)
@@ -108,7 +107,7 @@ class Recursion(RoutedForward):
             def combine(update: torch.Tensor, pick: Pick, here: torch.Tensor = here) -> torch.Tensor:
                 return torch.where(pick(here), leave(update, pick), update)
 
-            ended, _, hidden_states = self._recur(group, valid & (choice >= r), hidden_states, combine, shared)
+            ended, _, hidden_states = self._recur(number, group, valid & (choice >= r), hidden_states, combine, shared)
             if ended:
                 self.runner.skip(sum(len(skipped.slots) for skipped in block[r:]), hidden_states)
                 break
@@ -116,20 +115,22 @@ class Recursion(RoutedForward):
 
     def _recur(
         self,
+        number: int,
         group: LayerGroup,
         active: torch.Tensor,
         hidden_states: torch.Tensor,
         combine: Combine | None,
         shared: SharedKeyValues | None,
     ) -> tuple[bool, Selection | None, torch.Tensor]:
-        """Applies one recursion of a block to the active tokens.
+        """Applies one recursion of block `number` to the active tokens.
 
         Returns:
             Whether no token entered, so that the block ends; the selection, `None` where all tokens were computed; and
             the new stream.
         """
         selection = None
-        if self.passes[group.recursion].always:
+        number = number * self.config.num_recursions + group.recursion
+        if self.passes[number].always:
             hidden_states = self.runner.run_dense(group, hidden_states, combine, shared)
         elif self.context.is_static:
             hidden_states = self.runner.run_masked(group, hidden_states, active, combine, shared)
@@ -138,7 +139,7 @@ class Recursion(RoutedForward):
             if selection is None:
                 return True, None, hidden_states
             hidden_states = self.runner.run_selected(group, hidden_states, selection, combine, shared)
-        self.trace.enter(active)
+        self.trace.enter(number, active)
         return False, selection, hidden_states
 
     def _gated_by(self, residual: torch.Tensor, gate: torch.Tensor) -> Combine:

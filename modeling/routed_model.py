@@ -48,7 +48,8 @@ class RoutedForward:
         warming = model.training and self.config.capacity_warmup_steps > 0
         self.step = int(model.routing_step) if warming else self.config.capacity_warmup_steps
         valid = self.context.valid
-        self.trace = RoutingTrace(torch.zeros_like(valid, dtype=torch.long) if output_routing else None)
+        outputs = self.config.num_recursions if self.config.routing == "token_choice" else 1
+        self.trace = RoutingTrace(output_routing, valid, len(passes), self.config.num_routers, outputs)
         self.losses = RouterLossTerms(valid)
 
     def run(self, hidden_states: torch.Tensor) -> torch.Tensor:
@@ -127,7 +128,7 @@ class RoutedModel:
         """As in every decoder of transformers, but makes no cache in training, and:
 
         Args:
-            output_routing (`bool`, *optional*): return `token_depth` and `router_logits`.
+            output_routing (`bool`, *optional*): report the routing, see `RoutingFields`.
             adds_router_loss (`bool`, *optional*):
                 The caller adds `aux_loss` to its loss. Otherwise its gradient is injected here in training.
 
@@ -190,8 +191,9 @@ class RoutedModel:
             hidden_states=None if recorder.hidden_states is None else tuple(recorder.hidden_states),
             attentions=None if recorder.attentions is None else tuple(recorder.attentions),
             aux_loss=aux_loss,
-            token_depth=trace.depth,
-            router_logits=torch.cat(trace.logits, dim=-1) if trace.logits else None,
+            routing_mask=trace.mask,
+            router_logits=None if trace.router_logits is None else trace.router_logits.flatten(-2),
+            decision_logits=trace.decision_logits,
         )
 
     def _check_config(self) -> None:
