@@ -83,6 +83,8 @@ class MoDConfig(RoutedConfig):
     """
 
     model_type = "mod"
+    # as in the configurations of both MoE backbones
+    attribute_map = {"num_experts": "num_local_experts"}
     backbones = BACKBONES + MOE_BACKBONES
     inference_rules = ("threshold", "predictor", "ema_threshold", "topk")
 
@@ -183,6 +185,10 @@ class MoDConfig(RoutedConfig):
     def capacities(self) -> list[float]:
         """Capacity of each routed layer."""
         return list(self.capacity) if isinstance(self.capacity, list) else [self.capacity] * len(self.routed_layers)
+
+    @capacities.setter
+    def capacities(self, capacities: list[float]) -> None:
+        self.capacity = list(capacities)
 
     @property
     def routed_passes(self) -> list[RoutedPass]:

@@ -17,6 +17,10 @@ from .token_routing import (
 )
 
 
+# a running mean before its first step: everyone enters
+UNSET_THRESHOLD = -1e30
+
+
 class RoutingTrace:
     """What a forward pass reports of its routing; nothing unless asked for.
 
@@ -167,4 +171,4 @@ class ExpertChoice:
             edge = edge / torch.distributed.get_world_size()
         mean = self.model.threshold_ema[router]
         decay = self.config.ema_decay
-        mean.copy_(torch.where(mean.isinf(), edge, decay * mean + (1 - decay) * edge))
+        mean.copy_(torch.where(mean == UNSET_THRESHOLD, edge, decay * mean + (1 - decay) * edge))

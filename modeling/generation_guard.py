@@ -9,16 +9,24 @@ from transformers.generation import GenerationMixin
 
 
 class RoutedGenerationGuard:
-    """Mixed into `XForCausalLM` of a routed architecture. Everything else in `generate` is transformers' own."""
+    """Mixed into `XForCausalLM` of a routed architecture.
+
+    `generate` takes `compute`, an operating point of a calibrated model for this call. Everything else in it is
+    transformers' own.
+    """
 
     @functools.wraps(GenerationMixin.generate)
-    def generate(self, *args: Any, **kwargs: Any) -> Any:
+    def generate(self, *args: Any, compute: float | None = None, **kwargs: Any) -> Any:
         # in evaluation mode also between training steps: routing in training looks at future tokens
         in_training = [module for module in self.modules() if module.training]
+        before = self.config.compute
         self.eval()
+        if compute is not None:
+            self.config.compute = compute
         try:
             return super().generate(*args, **kwargs)
         finally:
+            self.config.compute = before
             for module in in_training:
                 module.training = True
 

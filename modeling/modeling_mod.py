@@ -12,7 +12,7 @@ from transformers.generation import GenerationMixin
 from ..configuration.configuration_mod import MoDConfig
 from ..configuration.routed_config import RoutedPass
 from .decoder_backbone import family_of
-from .expert_choice import ExpertChoice
+from .expert_choice import UNSET_THRESHOLD, ExpertChoice
 from .generation_guard import RoutedGenerationGuard
 from .heads import CausalLMHead, SequenceClassificationHead
 from .layer_runner import LayerGroup
@@ -111,8 +111,7 @@ class MoDModel(RoutedModel, MoDPreTrainedModel):
         if config.num_routers:
             self._build_routers(1, 0, config.predictor_hidden_size or 0)
             if config.inference_rule == "ema_threshold":
-                # before the first step everyone enters
-                self._keep("threshold_ema", torch.empty(config.num_routers), float("-inf"))
+                self._keep("threshold_ema", torch.empty(config.num_routers), UNSET_THRESHOLD)
         if config.routing_unit != "block":
             for layer in config.routed_layers:
                 route_part(
