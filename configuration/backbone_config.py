@@ -56,6 +56,8 @@ _METADATA = {
     "tie_last_hidden_states",
     "torch_dtype",
 }
+# what the modeling code of every family reads, although not every configuration class declares it
+_UNDECLARED = {"head_dim"}
 _ROPE_KEYS = {"rope_theta", "rope_scaling", "partial_rotary_factor", "rope_local_base_freq"}
 _BASE_FIELDS = {field.name for field in dataclasses.fields(PreTrainedConfig)}
 
@@ -186,7 +188,9 @@ def fields_of_source(source_config: PreTrainedConfig, backbones: tuple[str, ...]
 
 def family_fields(backbone: str) -> set[str]:
     """Names of the fields that the family's configuration adds to those of every configuration."""
-    return {field.name for field in dataclasses.fields(CONFIG_MAPPING[backbone])} - _BASE_FIELDS
+    family = CONFIG_MAPPING[backbone]
+    declared = {field.name for field in dataclasses.fields(family)}
+    return (declared | _UNDECLARED | set(family.attribute_map.values())) - _BASE_FIELDS
 
 
 def first_uses(physical_layers: list[int]) -> dict[int, int]:

@@ -91,7 +91,7 @@ FAMILIES: dict[str, Family] = {
         ),
     ),
     "mixtral": Family("mixtral", "Mixtral", uniform_window=True, num_experts="num_local_experts"),
-    "qwen3_moe": Family("qwen3_moe", "Qwen3Moe", num_experts="num_experts"),
+    "qwen3_moe": Family("qwen3_moe", "Qwen3Moe", uniform_window=True, num_experts="num_local_experts"),
 }
 
 

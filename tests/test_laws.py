@@ -6,18 +6,19 @@ import pytest
 import torch
 from hypothesis import HealthCheck, assume, event, given, settings
 from hypothesis import strategies as st
-from tiny_families import NO_SDPA, VOCABULARY, decision_margin, tiny_mor
+from tiny_families import MOD_BACKBONES, NO_SDPA, VOCABULARY, run_with_margin, tiny_mod, tiny_mor
 
-from varidepth.configuration.backbone_config import BACKBONES
+from varidepth.configuration.backbone_config import BACKBONES, MOE_BACKBONES
 
 
-CASES = 340
+MOR_CASES, MOD_CASES = 340, 300
 TOLERANCE = 1e-5
+MARGIN = 1e-4  # DESIGN: hard decisions can flip below
 
 
 @st.composite
-def models(draw) -> tuple:
-    """A hashable description of a model, so that built ones are reused."""
+def mor_models(draw) -> tuple:
+    """A hashable description of a MoR, so that built ones are reused."""
     routing = draw(st.sampled_from(["expert_choice", "expert_choice", "token_choice", "none"]))
     sharing = draw(st.sampled_from(["cycle", "sequence", "middle_cycle", "middle_sequence"]))
     recursions = draw(st.integers(2, 3))
@@ -47,15 +48,43 @@ def models(draw) -> tuple:
         fields["router_activation"] = draw(st.sampled_from(["softmax", "sigmoid"]))
     if routing != "none":
         fields["router_type"] = draw(st.sampled_from(["linear", "mlp", "wide_mlp"]))
+    return describe(draw, tiny_mor, backbone, fields)
+
+
+@st.composite
+def mod_models(draw) -> tuple:
+    """A hashable description of a MoD."""
+    depth = draw(st.integers(2, 4))
+    layers = draw(st.lists(st.integers(0, depth - 1), min_size=1, max_size=depth, unique=True).map(sorted))
+    backbone = draw(st.sampled_from(MOD_BACKBONES))
+    share = st.sampled_from([0.3, 0.5, 0.7, 1.0])
+    fields = {
+        "num_hidden_layers": depth,
+        "routed_layers": tuple(layers),
+        "capacity": draw(st.one_of(st.just(0.5), st.tuples(*[share] * len(layers)))),
+        "routing_unit": draw(st.sampled_from(["block", "attention", "mlp"])),
+        "always_route_first": draw(st.integers(0, 2)),
+        "routing": draw(st.sampled_from(["expert_choice"] * 5 + ["stochastic"])),
+    }
+    if fields["routing"] == "expert_choice":
+        fields["gate"] = draw(st.sampled_from(["raw", "sigmoid", "one_plus_tanh", "straight_through"]))
+        fields["inference_rule"] = draw(st.sampled_from(["threshold", "predictor", "ema_threshold"]))
+        fields["router_bias"] = draw(st.booleans())
+    if backbone in MOE_BACKBONES:
+        fields["num_noop_experts"] = draw(st.integers(0, 2))
+    return describe(draw, tiny_mod, backbone, fields)
+
+
+def describe(draw, tiny, backbone: str, fields: dict) -> tuple:
     attention = "eager" if backbone in NO_SDPA else draw(st.sampled_from(["eager", "sdpa"]))
-    return backbone, attention, draw(st.integers(0, 1)), tuple(sorted(fields.items()))
+    return tiny, backbone, attention, draw(st.integers(0, 1)), tuple(sorted(fields.items()))
 
 
 @functools.lru_cache(maxsize=64)
 def build(description):
-    backbone, attention, seed, fields = description
+    tiny, backbone, attention, seed, fields = description
     fields = {key: list(value) if isinstance(value, tuple) else value for key, value in fields}
-    return tiny_mor(backbone, attention=attention, seed=seed, **fields)
+    return tiny(backbone, attention=attention, seed=seed, **fields)
 
 
 def relative_error(given_logits: torch.Tensor, expected: torch.Tensor) -> float:
@@ -72,17 +101,40 @@ def batches(draw) -> tuple[list[list[int]], str, list[int]]:
     return rows, draw(st.sampled_from(["left", "right"])), sorted(cut for cut in cuts if cut < width)
 
 
-@given(description=models(), batch=batches())
-@settings(max_examples=CASES, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+def many(cases: int, **strategies):
+    """Runs a test on this many random cases, the same ones each time."""
+
+    def decorate(test):
+        quiet = settings(max_examples=cases, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+        return given(**strategies)(quiet(test))
+
+    return decorate
+
+
+@many(MOR_CASES, description=mor_models(), batch=batches())
+def test_one_truth_of_mor(description, batch):
+    config = build(description).config
+    event(f"routing {config.routing}, kv {config.kv_mode}")
+    check_one_truth(build(description), *batch)
+
+
+@many(MOD_CASES, description=mod_models(), batch=batches())
+def test_one_truth_of_mod(description, batch):
+    config = build(description).config
+    event(f"routing {config.routing} by {config.inference_rule}, unit {config.routing_unit}")
+    check_one_truth(build(description), *batch)
+
+
 @torch.no_grad()
-def test_one_truth(description, batch):
+def check_one_truth(model, rows, side, cuts):
     """Alone, in a padded batch, in chunks and token by token: the same logits."""
-    model = build(description)
-    rows, side, cuts = batch
     width = max(map(len, rows))
-    alone = [model(torch.tensor([row]), use_cache=False, output_routing=True) for row in rows]
-    assume(min(decision_margin(model, output) for output in alone) > 1e-4)
-    event(f"routing {model.config.routing}, kv {model.config.kv_mode}, {side} padding, {len(cuts) + 1} chunks")
+    alone = []
+    for row in rows:
+        output, margin = run_with_margin(model, torch.tensor([row]), use_cache=False)
+        assume(margin > MARGIN)
+        alone.append(output.logits[0])
+    event(f"{side} padding, {len(cuts) + 1} chunks")
 
     ids = torch.zeros(len(rows), width, dtype=torch.long)
     mask = torch.zeros_like(ids)
@@ -93,7 +145,7 @@ def test_one_truth(description, batch):
 
     def check(logits: torch.Tensor, way: str) -> None:
         for i, place in enumerate(places):
-            error = relative_error(logits[i, place], alone[i].logits[0])
+            error = relative_error(logits[i, place], alone[i])
             assert error <= TOLERANCE, f"{way}: row {i} differs by {error:.1e}"
 
     check(model(ids, attention_mask=mask, position_ids=positions, use_cache=False).logits, "batch")
@@ -112,26 +164,40 @@ def test_one_truth(description, batch):
         check(torch.cat(logits, dim=1), way)
 
 
-@given(description=models(), data=st.data())
-@settings(max_examples=60, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@many(60, description=mor_models(), data=st.data())
+def test_the_future_changes_nothing_in_mor(description, data):
+    check_future(build(description), data)
+
+
+@many(60, description=mod_models(), data=st.data())
+def test_the_future_changes_nothing_in_mod(description, data):
+    check_future(build(description), data)
+
+
 @torch.no_grad()
-def test_the_future_changes_nothing(description, data):
-    model = build(description)
+def check_future(model, data):
     ids = torch.tensor([data.draw(st.lists(st.integers(3, VOCABULARY - 1), min_size=2, max_size=12))])
     at = data.draw(st.integers(1, ids.shape[1] - 1))
     edited = ids.clone()
     edited[0, at:] = data.draw(st.integers(3, VOCABULARY - 1))
-    before = model(ids, use_cache=False, output_routing=True)
-    assume(decision_margin(model, before) > 1e-4)
+    before, margin = run_with_margin(model, ids, use_cache=False, output_routing=True)
+    assume(margin > MARGIN)
     after = model(edited, use_cache=False, output_routing=True)
-    assert torch.equal(before.token_depth[:, :at], after.token_depth[:, :at])
+    assert torch.equal(before.routing_mask[:, :at], after.routing_mask[:, :at])
     assert relative_error(after.logits[:, :at], before.logits[:, :at]) <= TOLERANCE
 
 
+TOP_K = [
+    lambda: tiny_mor(inference_rule="topk", gating="interpolate"),
+    *(lambda unit=unit: tiny_mod(inference_rule="topk", routing_unit=unit) for unit in ("block", "attention", "mlp")),
+]
+
+
+@pytest.mark.parametrize("make", TOP_K, ids=["mor", "mod-block", "mod-attention", "mod-mlp"])
 @torch.no_grad()
-def test_top_k_looks_at_the_future():
-    """Why `topk` is for measuring only: the official code evaluates with it."""
-    model = tiny_mor(inference_rule="topk", gating="interpolate")
+def test_top_k_looks_at_the_future(make):
+    """Why `topk` is for measuring only: the official code of MoR, and most of MoD, evaluate with it."""
+    model = make()
     ids = torch.randint(3, VOCABULARY, (1, 24), generator=torch.Generator().manual_seed(3))
     edited = ids.clone()
     edited[0, 20:] = torch.randint(3, VOCABULARY, (4,), generator=torch.Generator().manual_seed(4))
@@ -142,23 +208,38 @@ def test_top_k_looks_at_the_future():
         model.generate(ids, max_new_tokens=2)
 
 
+CACHED = {
+    "mor": lambda: tiny_mor("gemma3_text"),
+    "mor-shared": lambda: tiny_mor("gemma3_text", kv_mode="shared"),
+    "mor-token_choice": lambda: tiny_mor("gemma3_text", routing="token_choice"),
+    "mod": lambda: tiny_mod("gemma3_text"),
+    "mod-all-layers": lambda: tiny_mod("gemma3_text", routed_layers=[0, 1, 2, 3]),
+    "mod-attention": lambda: tiny_mod("gemma3_text", routing_unit="attention", always_route_first=1),
+    "mod-mlp": lambda: tiny_mod("gemma3_text", routing_unit="mlp", inference_rule="predictor"),
+    "mod-stochastic": lambda: tiny_mod("gemma3_text", routing="stochastic"),
+    "mod-noop": lambda: tiny_mod("qwen3_moe", num_noop_experts=2),
+}
+
+
+@pytest.mark.parametrize("case", CACHED)
 @torch.no_grad()
-def test_rewinding_the_cache_leaves_no_trace():
+def test_rewinding_the_cache_leaves_no_trace(case):
     """What assisted decoding does: crop, and go on with other tokens."""
-    for fields in ({}, {"kv_mode": "shared"}, {"routing": "token_choice"}):
-        model = tiny_mor("gemma3_text", **fields)
-        ids = torch.randint(3, VOCABULARY, (2, 15), generator=torch.Generator().manual_seed(5))
-        whole = model(ids, use_cache=False).logits
-        first = model(ids[:, :8], use_cache=True)
-        first.past_key_values.activate_past_recording()
-        model(torch.flip(ids[:, 8:12], (1,)), past_key_values=first.past_key_values, use_cache=True)
-        first.past_key_values.crop(-4)
-        rest = model(ids[:, 8:], past_key_values=first.past_key_values, use_cache=True).logits
-        assert relative_error(rest, whole[:, 8:]) <= TOLERANCE
+    model = CACHED[case]()
+    ids = torch.randint(3, VOCABULARY, (2, 15), generator=torch.Generator().manual_seed(5))
+    whole = model(ids, use_cache=False, output_routing=True)
+    assert len(whole.token_depth.unique()) > 1
+    first = model(ids[:, :8], use_cache=True)
+    first.past_key_values.activate_past_recording()
+    model(torch.flip(ids[:, 8:12], (1,)), past_key_values=first.past_key_values, use_cache=True)
+    first.past_key_values.crop(-4)
+    rest = model(ids[:, 8:], past_key_values=first.past_key_values, use_cache=True).logits
+    assert relative_error(rest, whole.logits[:, 8:]) <= TOLERANCE
 
 
-def test_generate_routes_causally_between_training_steps():
-    model = tiny_mor()
+@pytest.mark.parametrize("tiny", [tiny_mor, tiny_mod])
+def test_generate_routes_causally_between_training_steps(tiny):
+    model = tiny()
     ids = torch.randint(3, VOCABULARY, (1, 15), generator=torch.Generator().manual_seed(6))
     expected = model.generate(ids, max_new_tokens=6, do_sample=False)
     model.train()
