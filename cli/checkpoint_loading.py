@@ -8,7 +8,7 @@ import torch
 import transformers
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from ..configuration.backbone_config import BACKBONES
+from ..configuration.backbone_config import BACKBONES, MOE_BACKBONES
 from ..conversion.source_checkpoint import open_source
 
 
@@ -69,4 +69,4 @@ def _require_all_weights(name: str, info: dict[str, Any]) -> None:
 
 # computed from the configuration; old checkpoints carry them
 _DERIVED = re.compile(r"(^|\.)rotary_emb\.inv_freq$")
-_ALLOWED = ("mor", *BACKBONES)
+_ALLOWED = ("mor", "mod", *BACKBONES, *MOE_BACKBONES)

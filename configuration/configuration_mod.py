@@ -143,7 +143,7 @@ class MoDConfig(RoutedConfig):
                     f"the {len(self.routed_layers)} routed layers."
                 )
             self._resolve_alpha()
-        if self.inference_rule != "predictor" and self.predictor_hidden_size is not None:
+        if self.inference_rule not in ("predictor", "topk") and self.predictor_hidden_size is not None:
             raise ValueError(
                 f"`predictor_hidden_size` is {self.predictor_hidden_size}, but only inference_rule='predictor' has "
                 "predictors; leave it out."

@@ -8,7 +8,7 @@ pass gets its share; the points make the curve that `compute` of the configurati
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -128,15 +128,12 @@ def calibrate(model: PreTrainedModel, batches: Iterable[torch.Tensor], *, comput
     thresholds, run = points[chosen]
     topk = _run_topk(model, batches, shares_at(capacities, chosen))
 
-    def compute_of(measured: _Measured) -> float:
-        return expected_compute(config, measured.shares, length)
-
-    curve = [{"compute": compute_of(measured), "thresholds": values} for values, measured in points.values()]
+    curve = [{"compute": measured.compute, "thresholds": values} for values, measured in points.values()]
     curve.append({"compute": 1.0, "thresholds": [0.0] * len(thresholds)})
     config.router_thresholds = thresholds
     config.compute_curve = _ascending(curve)
     # a running mean decides only where no operating point is set
-    config.compute = compute_of(run) if config.inference_rule == "ema_threshold" else None
+    config.compute = run.compute if config.inference_rule == "ema_threshold" else None
     wanted = _pass_shares(config, shares_at(capacities, chosen))
     passes = [
         _agreement(topk, number, p.slots, wanted[number], run.shares[number], logit_threshold(thresholds[number]))
@@ -144,7 +141,7 @@ def calibrate(model: PreTrainedModel, batches: Iterable[torch.Tensor], *, comput
         if not p.always
     ]
     return Calibration(
-        compute_of(run), tuple(passes), everyone.loss, topk.loss, run.loss, run.tokens, tuple(config.compute_curve)
+        run.compute, tuple(passes), everyone.loss, topk.loss, run.loss, run.tokens, tuple(config.compute_curve)
     )
 
 
@@ -153,15 +150,17 @@ def shares_at(capacities: list[float], position: float) -> list[float]:
     return [1 - position * (1 - c) if position <= 1 else c * (2 - position) if c < 1 else 1.0 for c in capacities]
 
 
-def expected_compute(config: RoutedConfig, shares: list[float], length: int) -> float:
-    """FLOPs of the decoder layers for a row of `length` tokens, as a share of those of all tokens in all layers.
+def layer_flops(config: RoutedConfig, length: int, entered: Sequence[float] | None = None) -> float:
+    """FLOPs of the decoder layers for one row.
 
     Args:
-        shares: share of the tokens that enters each pass of `config.routed_passes`.
+        length: tokens of the row.
+        entered: tokens that enter each pass of `config.routed_passes`; by default all.
     """
-    entered = tuple(share * length for share in shares)
-    spent = forward_flops(config, RowRouting(length, entered, 0, (0,) * len(entered)), logits=0).total
-    return spent / forward_flops(config, full_routing(config, length), logits=0).total
+    routing = full_routing(config, length)
+    if entered is not None:
+        routing = RowRouting(length, tuple(entered), 0, (0,) * len(entered))
+    return forward_flops(config, routing, logits=0).total
 
 
 def _pass_shares(config: RoutedConfig, shares: list[float]) -> list[float]:
@@ -170,7 +169,8 @@ def _pass_shares(config: RoutedConfig, shares: list[float]) -> list[float]:
 
 def _position_of(config: RoutedConfig, capacities: list[float], compute: float, length: int) -> float:
     def compute_at(position: float) -> float:
-        return expected_compute(config, _pass_shares(config, shares_at(capacities, position)), length)
+        entered = [share * length for share in _pass_shares(config, shares_at(capacities, position))]
+        return layer_flops(config, length, entered) / layer_flops(config, length)
 
     if not compute_at(LOWEST) <= compute < 1:
         raise ValueError(
@@ -193,6 +193,7 @@ class _Measured:
     entered: torch.Tensor
     scores: torch.Tensor
     forced: torch.Tensor
+    compute: float
 
     @property
     def shares(self) -> list[float]:
@@ -204,16 +205,21 @@ def _run(model: PreTrainedModel, batches: list[torch.Tensor], thresholds: list[f
         model.config.router_thresholds = thresholds
     nats, tokens = 0.0, 0
     entered, scores, forced = [], [], []
+    spent = whole = 0.0
     first = getattr(model.config, "always_route_first", 0)
     for ids in batches:
         output = model(ids, use_cache=False, output_routing=True)
         logits = output.logits[:, :-1].float()
         nats += F.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="sum").item()
         tokens += ids[:, 1:].numel()
+        for row in output.routing_mask.sum(dim=1).tolist():
+            spent += layer_flops(model.config, ids.shape[1], row)
+        whole += layer_flops(model.config, ids.shape[1]) * ids.shape[0]
         entered.append(output.routing_mask.flatten(0, 1))
         scores.append(output.decision_logits.flatten(0, 1))
         forced.append((torch.arange(ids.shape[1], device=ids.device) < first).repeat(ids.shape[0]))
-    return _Measured(nats / tokens, tokens, torch.cat(entered), torch.cat(scores), torch.cat(forced))
+    found = torch.cat(entered), torch.cat(scores), torch.cat(forced)
+    return _Measured(nats / tokens, tokens, *found, compute=spent / whole)
 
 
 def _run_topk(model: PreTrainedModel, batches: list[torch.Tensor], capacities: list[float]) -> _Measured:
