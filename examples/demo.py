@@ -26,8 +26,9 @@ from varidepth.analysis.depth_map import depth_map
 from varidepth.analysis.depth_render import render_terminal, write_depth_map
 from varidepth.analysis.perplexity import held_out_loss
 from varidepth.conversion.convert import convert
+from varidepth.training.calibration import calibrate
 from varidepth.training.distillation import DistillationTrainer
-from varidepth.training.router_calibration import calibrate_routers, start_routers
+from varidepth.training.router_start import start_routers
 from varidepth.training.text_blocks import TokenBlocks, load_documents, split_documents, token_blocks
 from varidepth.training.time_limit import TimeLimitCallback
 
@@ -261,7 +262,7 @@ def heal(
     trainer.train()
     routing.start(model)  # where the time was too short for it
     model.eval()
-    calibrate_routers(model, routing.sample.split(4))
+    print(calibrate(model, routing.sample.split(4), positions=()).table())
     return limit.steps, limit.steps * limit.tokens_per_step
 
 

@@ -22,7 +22,6 @@ from ..configuration.routed_config import RoutedConfig
 from ..modeling.token_routing import logit_threshold
 
 
-# operating points: 0 is everyone, 1 the capacities, 2 nobody, linear between
 POSITIONS = (0.05, 0.35, 0.7, 1.0, 1.5)
 LOWEST = 1.9
 TOLERANCE = 0.01  # of a pass's share
@@ -88,7 +87,13 @@ class Calibration:
 
 
 @torch.no_grad()
-def calibrate(model: PreTrainedModel, batches: Iterable[torch.Tensor], *, compute: float | None = None) -> Calibration:
+def calibrate(
+    model: PreTrainedModel,
+    batches: Iterable[torch.Tensor],
+    *,
+    compute: float | None = None,
+    positions: Sequence[float] = POSITIONS,
+) -> Calibration:
     """Sets `router_thresholds` and `compute_curve` of the model's configuration; its weights do not change.
 
     Args:
@@ -96,6 +101,9 @@ def calibrate(model: PreTrainedModel, batches: Iterable[torch.Tensor], *, comput
         batches: token ids of shape `(batch, seq_len)` without pads; some thousand tokens are enough.
         compute (`float`, *optional*):
             Wanted share of the FLOPs that all tokens in all layers take; by default that of `config.capacities`.
+        positions (`list[float]`):
+            Further points of the curve: 0 is everyone, 1 the capacities, 2 nobody, linear between. Each takes one to
+            three runs over the text.
 
     Returns:
         `Calibration`
@@ -121,7 +129,7 @@ def calibrate(model: PreTrainedModel, batches: Iterable[torch.Tensor], *, comput
     with _by_thresholds(model):
         run = everyone = _run(model, batches, [0.0] * len(config.routed_passes))
         points = {}
-        for position in sorted({*POSITIONS, chosen}):
+        for position in sorted({*positions, chosen}):
             wanted = _pass_shares(config, shares_at(capacities, position))
             thresholds, run = _meet(model, batches, wanted, run)
             points[position] = thresholds, run

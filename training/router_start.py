@@ -1,4 +1,4 @@
-"""Routers measured on text: a start that knows who gains from depth, and biases that meet the capacities."""
+"""Routers that start from what depth is measured to gain for each token of a text."""
 
 from __future__ import annotations
 
@@ -85,78 +85,6 @@ def start_routers(
         routers.bias[router, 0] = logit_threshold(config.router_thresholds[recursion]) - below
         correlations[router] = torch.corrcoef(torch.stack([scores, gain]))[0, 1].item()
     return correlations
-
-
-@torch.no_grad()
-def calibrate_routers(model: PreTrainedModel, batches: Iterable[torch.Tensor]) -> None:
-    """Shifts the routers' biases so that on a text each recursion gets its share in `config.capacities`.
-
-    Training moves the states that the routers read, and the loss that keeps their scores about the threshold may be
-    too weak, or the training too short, to follow. The order of tokens stays as it is; gates shift with the scores.
-
-    Args:
-        model (`PreTrainedModel`): a MoR for causal language modelling.
-        batches: token ids of shape `(batch, seq_len)`; some thousand tokens are enough.
-
-    Raises:
-        ValueError: if the routers are not expert-choice routers with a bias under the rule "threshold", one of them
-            gives all tokens the same score, or there is no token; then no bias is changed.
-    """
-    config = model.config
-    if config.routing != "expert_choice" or not config.router_bias or config.inference_rule != "threshold":
-        raise ValueError(
-            f"routing is {config.routing!r}, router_bias {config.router_bias} and inference_rule "
-            f"{config.inference_rule!r}, but only expert-choice routers with a bias under the rule 'threshold' can be "
-            "shifted; set `router_thresholds` or convert with `router_bias: true`."
-        )
-    batches = [ids.to(model.device) for ids in batches]
-    if not sum(ids.numel() for ids in batches):
-        raise ValueError("The batches hold no token: give some text.")
-    bias = model.model.routers.bias
-    before = bias.clone()
-    was_training = model.training
-    model.eval()
-    try:
-        # in the order of execution, since what one router lets in changes what the next ones read
-        for router in range(config.num_routers):
-            recursion = router % config.num_recursions
-            if config.capacities[recursion] < 1:
-                scores = torch.cat([_scores(model, ids, router) for ids in batches])
-                _require_order(scores, router)
-                edge = _edge(scores, config.capacities[recursion])
-                threshold = logit_threshold(config.router_thresholds[recursion])
-                bias[router, 0] += threshold - edge
-    except BaseException:
-        bias.copy_(before)
-        raise
-    finally:
-        model.train(was_training)
-
-
-def _scores(model: PreTrainedModel, ids: torch.Tensor, router: int) -> torch.Tensor:
-    """Logits of one router, -inf where the token was no candidate."""
-    logits = model(ids, use_cache=False, output_routing=True, logits_to_keep=1).router_logits
-    assert logits is not None
-    return logits[..., router].flatten().nan_to_num(nan=-torch.inf)
-
-
-def _require_order(scores: torch.Tensor, router: int) -> None:
-    """Refuses equal scores: no bias parts them, and one at their edge would only halve everyone's gate."""
-    candidates = scores[torch.isfinite(scores)]
-    if len(candidates) > 1 and bool((candidates == candidates[0]).all()):
-        raise ValueError(
-            f"The scores of router {router} are tied; train it or call `start_routers` first, since a bias cannot "
-            "tell such tokens apart."
-        )
-
-
-def _edge(scores: torch.Tensor, capacity: float) -> torch.Tensor:
-    """Halfway between the last score that enters and the first that does not."""
-    candidates = scores[torch.isfinite(scores)].sort(descending=True).values
-    entering = max(1, round(capacity * len(scores)))
-    if entering >= len(candidates):
-        return candidates[-1] - 1
-    return (candidates[entering - 1] + candidates[entering]) / 2
 
 
 def _set(routers: RouterBank, router: int, logit: float) -> None:
