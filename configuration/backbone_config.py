@@ -9,7 +9,7 @@ import dataclasses
 import difflib
 import os
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from huggingface_hub.dataclasses import strict
 from transformers import GenerationConfig
@@ -86,7 +86,7 @@ class BackboneConfig(PreTrainedConfig):
     """
 
     # those that the architecture supports
-    backbones = BACKBONES
+    backbones: ClassVar[tuple[str, ...]] = BACKBONES
 
     backbone: str = "llama"
     num_hidden_layers: int = 32

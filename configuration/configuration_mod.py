@@ -1,6 +1,6 @@
 """Configuration of Mixture-of-Depths (MoD, arXiv 2404.02258)."""
 
-from typing import Any
+from typing import Any, ClassVar
 
 from huggingface_hub.dataclasses import strict
 from transformers.configuration_utils import PreTrainedConfig
@@ -85,8 +85,8 @@ class MoDConfig(RoutedConfig):
     model_type = "mod"
     # as in the configurations of both MoE backbones
     attribute_map = {"num_experts": "num_local_experts"}
-    backbones = BACKBONES + MOE_BACKBONES
-    inference_rules = ("threshold", "predictor", "ema_threshold", "topk")
+    backbones: ClassVar[tuple[str, ...]] = BACKBONES + MOE_BACKBONES
+    inference_rules: ClassVar[tuple[str, ...]] = ("threshold", "predictor", "ema_threshold", "topk")
 
     routed_layers: list[int] | None = None
     capacity: float | int | list[float | int] = 0.125

@@ -1,6 +1,6 @@
 """What the configurations of all architectures with per-token depth have in common."""
 
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 from huggingface_hub.dataclasses import strict
 
@@ -57,7 +57,7 @@ class RoutedConfig(BackboneConfig):
     keys_to_ignore_at_inference = [
         "past_key_values", "aux_loss", "routing_mask", "router_logits", "decision_logits",
     ]  # fmt: skip
-    inference_rules = ("threshold", "predictor", "topk")
+    inference_rules: ClassVar[tuple[str, ...]] = ("threshold", "predictor", "topk")
 
     capacity_warmup_steps: int = 0
     router_bias: bool = False

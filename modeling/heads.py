@@ -39,7 +39,7 @@ class RoutingFields:
     decision_logits: torch.FloatTensor | None = None
 
     @property
-    def token_depth(self) -> torch.LongTensor | None:
+    def token_depth(self) -> torch.Tensor | None:
         """Number of passes that each token entered, of shape `(batch, seq_len)`; 0 at pads."""
         return None if self.routing_mask is None else self.routing_mask.sum(dim=-1)
 

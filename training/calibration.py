@@ -112,7 +112,7 @@ def calibrate(
         ValueError: if the model has no routers that take their tokens, the compute is out of reach, a router gives all
             tokens the same score, or there is no text; then nothing is changed.
     """
-    config: RoutedConfig = model.config
+    config: Any = model.config
     if getattr(config, "routing", None) != "expert_choice":
         raise ValueError(
             f"routing is {getattr(config, 'routing', None)!r}, but only routers with routing='expert_choice' have "
@@ -158,7 +158,7 @@ def shares_at(capacities: list[float], position: float) -> list[float]:
     return [1 - position * (1 - c) if position <= 1 else c * (2 - position) if c < 1 else 1.0 for c in capacities]
 
 
-def layer_flops(config: RoutedConfig, length: int, entered: Sequence[float] | None = None) -> float:
+def layer_flops(config: Any, length: int, entered: Sequence[Any] | None = None) -> float:
     """FLOPs of the decoder layers for one row.
 
     Args:
@@ -258,7 +258,7 @@ def _meet(
     return thresholds, run
 
 
-def _thresholds(config: RoutedConfig, run: _Measured, counts: list[int]) -> list[float]:
+def _thresholds(config: Any, run: _Measured, counts: list[int]) -> list[float]:
     """Thresholds on the sigmoid at which as many tokens enter as `counts` says, by the scores of a run."""
     thresholds = []
     for router, p in enumerate(config.routed_passes):

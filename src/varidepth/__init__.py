@@ -5,6 +5,8 @@ Importing the package registers its architectures with AutoConfig and AutoModel.
 
 __version__ = "0.1.0"
 
+from typing import Any
+
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from varidepth.configuration.configuration_mod import MoDConfig
@@ -16,7 +18,7 @@ from varidepth.modeling.modeling_mor import MoRForCausalLM, MoRForSequenceClassi
 
 def _register() -> None:
     for model in (MoRForCausalLM, MoDForCausalLM):
-        classes = model.remote_classes
+        classes: dict[str, Any] = model.remote_classes
         config = classes["AutoConfig"]
         AutoConfig.register(config.model_type, config)
         AutoModel.register(config, classes["AutoModel"])
