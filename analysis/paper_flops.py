@@ -7,7 +7,7 @@ embedding, the head, norms, softmax and routers. It reproduces every published b
 
 from typing import Any
 
-from .cost import expected_shares, is_recursive
+from .cost import passes_of
 
 
 PAPER_SEQUENCE_LENGTH = 2048
@@ -17,25 +17,34 @@ PAPER_TOKENS_PER_STEP = 1024 * 2048
 def paper_flops_per_token(config: Any, sequence_length: int = PAPER_SEQUENCE_LENGTH) -> float:
     """FLOPs of a forward pass per token under the paper's rule.
 
-    A layer costs F_lin = 2 (4 d^2 + 3 d d_ff) and F_attn = 2 d S; recursion r costs c_r F_lin + c_r^2 F_attn, since
-    both queries and keys shrink. With `kv_mode="shared"` the deeper recursions drop the key and value projections
-    and read all keys: c_r 2 (2 d^2 + 3 d d_ff) + c_r F_attn.
+    A layer costs F_lin = 2 (4 d^2 + 3 d d_ff) and F_attn = 2 d S; a pass that a share c of the tokens enters costs
+    c F_lin + c^2 F_attn, since both queries and keys shrink. With `kv_mode="shared"` the deeper recursions drop the
+    key and value projections and read all keys: c 2 (2 d^2 + 3 d d_ff) + c F_attn.
 
     Args:
-        config: a vanilla configuration with a gated MLP, or a `MoRConfig`.
+        config: a vanilla configuration with a gated MLP, or a routed one whose tokens pass by whole layers.
         sequence_length: S, in tokens.
+
+    Raises:
+        ValueError: if only a part of the layers is routed, for which the rule says nothing.
     """
     d, inner = config.hidden_size, config.intermediate_size
     linear, attention = 2 * (4 * d * d + 3 * d * inner), 2 * d * sequence_length
-    if not is_recursive(config):
-        return float(config.num_hidden_layers * (linear + attention))
-    flops = float((config.prelude_layers + config.coda_layers) * (linear + attention))
-    for recursion, share in enumerate(expected_shares(config)):
-        if config.kv_mode == "shared" and recursion:
-            one = share * (linear - 4 * d * d) + share * attention
-        else:
+    passes = passes_of(config)
+    dense = config.num_hidden_layers - sum(len(routed_pass.slots) for routed_pass in passes)
+    flops = float(dense * (linear + attention))
+    for routed_pass in passes:
+        if routed_pass.unit != "block":
+            raise ValueError(
+                f"`routing_unit` is {routed_pass.unit!r}, but the paper's rule only counts whole layers; use "
+                "`varidepth.analysis.cost`."
+            )
+        share = routed_pass.share
+        if routed_pass.writes_kv:
             one = share * linear + share**2 * attention
-        flops += config.num_shared_layers * one
+        else:
+            one = share * (linear - 4 * d * d) + share * attention
+        flops += len(routed_pass.slots) * one
     return flops
 
 

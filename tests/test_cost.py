@@ -6,18 +6,19 @@ from transformers import CONFIG_MAPPING, AutoModelForCausalLM, LlamaConfig
 from transformers.utils import logging
 
 from varidepth.analysis.cost import (
-    FAMILY_SHAPES,
     RowRouting,
     cost_summary,
     count_parameters,
+    expected_flops,
     forward_flops,
     full_routing,
     kv_bytes,
     slot_loads,
     training_routing,
-    window_of,
 )
+from varidepth.analysis.family_shapes import FAMILY_SHAPES, window_of
 from varidepth.analysis.paper_flops import paper_flops_per_token, paper_training_flops, paper_training_steps
+from varidepth.configuration.configuration_mod import ROUTING_UNITS, MoDConfig
 from varidepth.configuration.configuration_mor import MoRConfig
 
 
@@ -56,10 +57,26 @@ def tiny(family: str, **changes):
     }
     if family in ("qwen2", "smollm3", "olmo2", "phi3", "granite", "exaone4", "starcoder2"):
         del fields["head_dim"]
-    return CONFIG_MAPPING[family](**{**fields, **changes})
+    return CONFIG_MAPPING[family](**{**fields, **EXPERTS.get(family, {}), **changes})
 
 
+# one layer of the second has no experts
+EXPERTS = {
+    "mixtral": {"num_local_experts": 4},
+    "qwen3_moe": {
+        "num_experts": 6,
+        "num_experts_per_tok": 3,
+        "moe_intermediate_size": 20,
+        "mlp_only_layers": [1],
+        "attention_bias": True,
+    },
+}
 WINDOWED = ("qwen2", "qwen3", "smollm3", "gemma2", "gemma3_text", "exaone4", "cohere2")
+
+
+def eager_experts(family: str) -> dict[str, str]:
+    """Experts whose matrix products are counted."""
+    return {"experts_implementation": "eager"} if family in EXPERTS else {}
 
 
 class MatrixProducts(torch.utils._python_dispatch.TorchDispatchMode):
@@ -106,13 +123,15 @@ def test_parameters_equal_those_of_the_model(family, variant):
 @pytest.mark.parametrize("family", sorted(FAMILY_SHAPES))
 def test_flops_of_a_vanilla_model_equal_those_counted(family):
     # windows of 4 are shorter than the text; half of the layers of a family with layer types have one
-    changes = {"sliding_window": 4} if window_of(tiny(family, sliding_window=4), 0) or family in WINDOWED else {}
+    slides = FAMILY_SHAPES[family].uniform_window or family in WINDOWED
+    changes = {"sliding_window": 4} if slides else {}
+    if slides and family.startswith("qwen"):
+        changes["use_sliding_window"] = True
     if family in WINDOWED:
         changes["layer_types"] = ["sliding_attention", "full_attention"] * 2
-        changes |= {"use_sliding_window": True} if family.startswith("qwen") else {}
     config = tiny(family, **changes)
-    config._attn_implementation = "eager"
-    model = AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
+    assert (window_of(config, 0) == 4) == slides
+    model = AutoModelForCausalLM.from_config(config, attn_implementation="eager", **eager_experts(family)).eval()
     tokens = torch.randint(3, 96, (1, 11))
     cache, routing = None, None
     for start, stop in ((0, 7), (7, 8), (8, 11)):
@@ -237,3 +256,92 @@ def test_a_routing_of_the_wrong_length_is_refused():
 def test_an_unknown_family_is_refused():
     with pytest.raises(ValueError, match="'opt' is not known; use one of cohere2"):
         count_parameters(CONFIG_MAPPING["opt"]())
+
+
+def mod(size: str, **fields) -> MoDConfig:
+    return MoDConfig.from_backbone(smollm(size), **fields)
+
+
+@pytest.mark.parametrize(
+    ("layers", "capacity", "linear", "scores"),
+    [
+        ("every other", 0.5, 75.0, 62.5),
+        ("every other", 0.25, 62.5, 53.1),
+        ("every other", 0.125, 56.25, 50.8),
+        ("every other", 0.0625, 53.1, 50.2),
+        ("all", 0.125, 12.5, 1.6),
+    ],
+)
+def test_shares_of_depth_routing(layers, capacity, linear, scores):
+    """What is left of the matrices' and of the scores' FLOPs, of the cache, and of the decode cost."""
+    vanilla = smollm("360M")
+    fields = {} if layers == "every other" else {"routed_layers": list(range(32))}
+    config = mod("360M", capacity=capacity, **fields)
+    dense, routed = forward_flops(vanilla, full_routing(vanilla, 2048)), training_routing(config, 2048)
+    flops = forward_flops(config, routed)
+    parts = [
+        (flops.projections / dense.projections, linear),
+        (flops.mlp / dense.mlp, linear),
+        (flops.attention / dense.attention, scores),
+        (kv_bytes(config, routed) / kv_bytes(vanilla, full_routing(vanilla, 2048)), linear),
+    ]
+    for part, percent in parts:
+        assert round(100 * part, 2 if percent == 56.25 else 1) == percent
+    summary, before = cost_summary(config), cost_summary(vanilla)
+    assert summary.kv_bytes_per_token == pytest.approx((linear / 100) * before.kv_bytes_per_token, rel=1e-3)
+    assert summary.mean_layers == pytest.approx(linear / 100 * 32, rel=1e-3)
+
+
+@pytest.mark.parametrize("unit", ROUTING_UNITS)
+def test_flops_of_a_routed_layer_follow_the_written_formulas(unit):
+    tokens, share, inner, layers = 800, 0.25, 120, 6
+    shape = {"num_hidden_layers": layers, "vocab_size": 96}
+    predictors = {"inference_rule": "predictor", "predictor_hidden_size": inner}
+    config = mod("135M", **shape, routing_unit=unit, capacity=share, **predictors)
+    d, ff, heads, kv_heads, size, k = 576, 1536, 9, 3, 64, int(share * tokens)
+    projections = {n: n * 2 * d * size * (2 * heads + 2 * kv_heads) for n in (tokens, k)}
+    mlp = {n: n * 6 * d * ff for n in (tokens, k)}
+    scores = {n: 4 * n * n * heads * size for n in (tokens, k)}
+    dense = projections[tokens] + mlp[tokens] + scores[tokens]
+    routed = {
+        "block": projections[k] + mlp[k] + scores[k],
+        "attention": projections[k] + mlp[tokens] + scores[k],
+        "mlp": projections[tokens] + mlp[k] + scores[tokens],
+    }[unit]
+    deciding = 2 * tokens * d + tokens * (2 * d * inner + 2 * inner)
+    flops = forward_flops(config, training_routing(config, tokens))
+    assert flops.total == 3 * dense + 3 * (routed + deciding) + 2 * tokens * d * 96
+    expected = expected_flops(config, context=0)
+    assert expected.mlp == 6 * d * ff * (3 + 3 * (1 if unit == "attention" else share))
+    assert expected.routers == 3 * deciding / tokens
+    stored = [load.stored for load in slot_loads(config, training_routing(config, tokens))]
+    assert stored == [tokens, tokens if unit == "mlp" else k] * 3
+
+
+def test_a_row_in_training_takes_whole_multiples_and_the_first_tokens():
+    config = mod("135M", capacity=0.125, capacity_multiple=8, routed_layers=[1, 3])
+    assert training_routing(config, 100).entered == (16, 16)
+    assert training_routing(config, 5).entered == (5, 5)
+    first = mod("135M", capacity=0.125, always_route_first=20, routed_layers=[1, 3])
+    assert training_routing(first, 100).entered == (20, 20)
+
+
+def test_stochastic_routing_has_no_routers():
+    config, learned = mod("135M", routing="stochastic"), mod("135M")
+    assert count_parameters(config).routers == 0 < count_parameters(learned).routers == 15 * 576
+    assert expected_flops(config).routers == 0
+    assert expected_flops(config).mlp == expected_flops(learned).mlp
+
+
+def test_the_wanted_compute_of_decoder_layers():
+    """Attention routing in every layer: its part of the cost is what the share scales."""
+    config = mod("135M", routing_unit="attention", routed_layers=list(range(30)), capacity=0.5)
+    whole = expected_flops(config, 500, [1.0] * 30)
+    half, none = expected_flops(config, 500), expected_flops(config, 500, [0.0] * 30)
+    assert whole.total == forward_flops(config, full_routing(config, 1, past=500), logits=1).total
+    assert (none.projections, none.attention, none.mlp) == (0, 0, whole.mlp)
+    assert half.projections == whole.projections / 2
+    # a token that enters finds half of the keys, and its own
+    assert half.attention / whole.attention == pytest.approx(0.5 * 251 / 501)
+    with pytest.raises(ValueError, match="3 numbers in `entered`"):
+        expected_flops(config, shares=[1.0] * 3)

@@ -1,13 +1,19 @@
 """Law 4: what runs and what is stored is what the accountant says, for single rows and for every decode step."""
 
+import itertools
+from typing import Any
+
 import pytest
 import torch
 from generation_reference import CASES, SIZES, VOCABULARY, build
-from test_cost import FAMILY_SHAPES, WINDOWED, MatrixProducts
+from test_cost import EXPERTS, WINDOWED, MatrixProducts, eager_experts
 
-from varidepth import MoRConfig, MoRForCausalLM
+from varidepth import MoDForCausalLM, MoRConfig, MoRForCausalLM
 from varidepth.analysis.cost import RowRouting, count_parameters, forward_flops, full_routing, kv_bytes, slot_loads
-from varidepth.analysis.routing_statistics import entered_passes, measured_routing
+from varidepth.analysis.family_shapes import FAMILY_SHAPES
+from varidepth.analysis.routing_statistics import measured_routing
+from varidepth.configuration.backbone_config import BACKBONES, MOE_BACKBONES
+from varidepth.configuration.configuration_mod import ROUTING_UNITS
 from varidepth.modeling.depth_cache import cache_bytes
 
 
@@ -25,27 +31,30 @@ DEEPER = {
 STEPS = ((0, 9), (9, 12), *((column, column + 1) for column in range(12, 26)))
 
 
-def make(fields: dict) -> MoRForCausalLM:
+def make(fields: dict, architecture: type = MoRForCausalLM) -> Any:
+    """In eval mode, with routers that spread the tokens."""
     torch.manual_seed(0)
-    config = MoRConfig(**SIZES | fields)
-    config._attn_implementation = "eager"
-    model = MoRForCausalLM._from_config(config, attn_implementation="eager").eval()
+    config = architecture.config_class(**SIZES | fields)
+    backbone = fields.get("backbone", "llama")
+    model = architecture._from_config(config, attn_implementation="eager", **eager_experts(backbone)).eval()
     with torch.no_grad():
         for name in ("routers", "predictors"):
             if hasattr(model.model, name):
                 getattr(model.model, name).weight.normal_()
+        if hasattr(model.model, "threshold_ema"):
+            model.model.threshold_ema.fill_(0.5)
     return model
 
 
 def family_fields(family: str) -> dict:
-    fields = {"backbone": family, "num_hidden_layers": 6, "capacities": [1.0, 0.5]}
-    if family in ("llama", "mistral", "qwen3", "gemma2", "gemma3_text", "glm4"):
+    fields = {"backbone": family, "num_hidden_layers": 6, **EXPERTS.get(family, {})}
+    if family in ("llama", "mistral", "qwen3", "gemma2", "gemma3_text", "glm4", "qwen3_moe"):
         fields["head_dim"] = 12
     if FAMILY_SHAPES[family].uniform_window or family in WINDOWED:
         fields["sliding_window"] = 4
+        fields |= {"use_sliding_window": True} if family.startswith("qwen") else {}
     if family in WINDOWED:
         fields["layer_types"] = ["full_attention", "sliding_attention", "full_attention"] * 2
-        fields |= {"use_sliding_window": True} if family.startswith("qwen") else {}
     return fields
 
 
@@ -61,17 +70,22 @@ def check(model, steps=STEPS) -> set[tuple[int, ...]]:
                 ids[:, start:stop], past_key_values=cache, use_cache=True, output_routing=True, logits_to_keep=1
             )
         cache = output.past_key_values
-        routing = measured_routing(model, output, previous=routing)
+        routing = measured_routing(output, previous=routing)
         assert forward_flops(model.config, routing[0], logits=1).total == counted.flops
         assert kv_bytes(model.config, routing[0]) == cache_bytes(cache)["stored"]
         seen.add(routing[0].entered)
     with MatrixProducts() as counted:
         output = model(ids, use_cache=False, output_routing=True)
-    (whole,) = measured_routing(model, output)
+    (whole,) = measured_routing(output)
     assert forward_flops(model.config, whole).total == counted.flops
     stored = [load.stored for load in slot_loads(model.config, whole)]
     assert stored == [load.stored for load in slot_loads(model.config, routing[0])]
     return seen
+
+
+def spreads(seen: set[tuple[int, ...]]) -> bool:
+    """The case means something: some step skips what another does not."""
+    return len({tuple(bool(n) for n in entered) for entered in seen}) > 1
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -79,8 +93,7 @@ def test_flops_and_bytes_in_every_mode(case):
     model = build(case, "eager")
     seen = check(model)
     if model.config.routing != "none":
-        # the cases mean something: some step skips what another does not
-        assert len({tuple(bool(n) for n in entered) for entered in seen}) > 1
+        assert spreads(seen)
 
 
 @pytest.mark.parametrize("case", DEEPER)
@@ -90,9 +103,9 @@ def test_flops_and_bytes_of_other_shapes(case):
     assert count_parameters(model.config).total == sum(p.numel() for p in model.parameters())
 
 
-@pytest.mark.parametrize("family", sorted(FAMILY_SHAPES))
+@pytest.mark.parametrize("family", BACKBONES)
 def test_flops_and_bytes_of_every_family(family):
-    model = make(family_fields(family))
+    model = make({**family_fields(family), "capacities": [1.0, 0.5]})
     check(model)
     assert count_parameters(model.config).total == sum(p.numel() for p in model.parameters())
 
@@ -102,9 +115,9 @@ def test_rows_of_a_batch_store_what_each_alone_would():
     model = build("expert", "eager")
     ids = torch.randint(3, VOCABULARY, (3, 12), generator=torch.Generator().manual_seed(1))
     output = model(ids, use_cache=True, output_routing=True)
-    rows = measured_routing(model, output)
+    rows = measured_routing(output)
     assert sum(kv_bytes(model.config, row) for row in rows) == cache_bytes(output.past_key_values)["stored"]
-    alone = [measured_routing(model, model(row[None], output_routing=True))[0] for row in ids]
+    alone = [measured_routing(model(row[None], output_routing=True))[0] for row in ids]
     assert rows == alone
 
 
@@ -131,13 +144,51 @@ def test_a_token_that_skips_everything_costs_prelude_coda_and_head():
     assert kv_bytes(config, none) == cache_bytes(output.past_key_values)["stored"] == 2 * 2 * 16 * 4
 
 
+DEPTH_ROUTING = {
+    "threshold": {"gate": "sigmoid"},
+    "predictor": {"inference_rule": "predictor", "predictor_hidden_size": 10, "router_bias": True},
+    "running mean": {"inference_rule": "ema_threshold"},
+    "stochastic": {"routing": "stochastic", "capacity": 0.4},
+    "first tokens": {"always_route_first": 3},
+    "every layer, some at full capacity": {
+        "routed_layers": list(range(6)),
+        "capacity": [0.3, 1.0, 0.5, 0.5, 1.0, 0.2],
+        "inference_rule": "predictor",
+    },
+}
+
+
+@pytest.mark.parametrize("unit", ROUTING_UNITS)
+@pytest.mark.parametrize("case", DEPTH_ROUTING)
+def test_flops_and_bytes_of_routed_layers(case, unit):
+    model = make({"num_hidden_layers": 6, "routing_unit": unit, **DEPTH_ROUTING[case]}, MoDForCausalLM)
+    assert spreads(check(model))
+    assert count_parameters(model.config).total == sum(p.numel() for p in model.parameters())
+
+
+@pytest.mark.parametrize(
+    ("family", "unit"),
+    [
+        *zip(sorted({*FAMILY_SHAPES} - {*MOE_BACKBONES}), itertools.cycle(ROUTING_UNITS), strict=False),
+        *itertools.product(MOE_BACKBONES, ROUTING_UNITS),
+    ],
+)
+def test_flops_and_bytes_of_routed_layers_of_every_family(family, unit):
+    model = make({**family_fields(family), "routing_unit": unit}, MoDForCausalLM)
+    assert spreads(check(model, STEPS[:8]))
+    assert count_parameters(model.config).total == sum(p.numel() for p in model.parameters())
+
+
+@pytest.mark.parametrize("family", MOE_BACKBONES)
 @torch.no_grad()
-def test_passes_of_several_blocks_are_told_apart_or_refused():
-    model = build("expert-sequence", "eager")
-    ids = torch.randint(3, VOCABULARY, (2, 12), generator=torch.Generator().manual_seed(1))
-    output = model(ids, output_routing=True)
-    entered = entered_passes(model, output)
-    assert entered.shape == (2, 12, 4) and torch.equal(entered.sum(-1), output.token_depth)
-    output.token_depth = output.token_depth.roll(1, dims=1)
-    with pytest.raises(ValueError, match="follow neither the thresholds nor the capacities"):
-        entered_passes(model, output)
+def test_noop_experts_are_expected_to_take_their_share(family):
+    model = make({**family_fields(family), "num_noop_experts": 2}, MoDForCausalLM)
+    assert count_parameters(model.config).total == sum(p.numel() for p in model.parameters())
+    ids = torch.randint(3, VOCABULARY, (1, 400), generator=torch.Generator().manual_seed(5))
+    with MatrixProducts() as counted:
+        output = model(ids, use_cache=False, output_routing=True)
+    (routing,) = measured_routing(output)
+    expected = forward_flops(model.config, routing)
+    assert counted.flops - expected.total == pytest.approx(0, abs=0.1 * expected.mlp)
+    without = forward_flops(make(family_fields(family), MoDForCausalLM).config, routing)
+    assert without.mlp > 1.2 * expected.mlp
