@@ -1,9 +1,11 @@
 """Which tokens enter a pass whose router takes its tokens: top-k in training, a causal rule otherwise."""
 
+from typing import Any
+
 import torch
 from torch import nn
 
-from ..configuration.routed_config import RoutedConfig, RoutedPass
+from ..configuration.routed_config import RoutedPass
 from .attention_context import AttentionContext
 from .router_loss import RouterLossTerms, membership_loss, z_loss
 from .token_routing import (
@@ -82,7 +84,7 @@ class ExpertChoice:
         always_first: int = 0,
         multiple: int = 1,
     ):
-        config: RoutedConfig = model.config
+        config: Any = model.config
         self.model = model
         self.config = config
         self.context = context
@@ -164,11 +166,18 @@ class ExpertChoice:
 
     @torch.no_grad()
     def _follow_edge(self, router: int, logits: torch.Tensor, candidates: torch.Tensor, members: torch.Tensor) -> None:
-        """Moves the running mean of the score at the edge of the top-k, over all ranks."""
-        edge = top_k_edge(logits, candidates, members)
+        """Moves the running mean of the score at the edge of the top-k, over all ranks.
+
+        Tokens that enter whatever they score are left out: the threshold has to let in the rest of the capacity.
+        """
+        if self.forced is not None:
+            candidates, members = candidates & ~self.forced, members & ~self.forced
+        edges, ranks = logits.new_zeros(2).unbind()
+        if candidates.any():
+            edges, ranks = top_k_edge(logits, candidates, members), logits.new_ones(())
+        total = torch.stack([edges, ranks])
         if torch.distributed.is_available() and torch.distributed.is_initialized():
-            torch.distributed.all_reduce(edge)
-            edge = edge / torch.distributed.get_world_size()
-        mean = self.model.threshold_ema[router]
-        decay = self.config.ema_decay
-        mean.copy_(torch.where(mean == UNSET_THRESHOLD, edge, decay * mean + (1 - decay) * edge))
+            torch.distributed.all_reduce(total)
+        if total[1] > 0:
+            mean, edge, decay = self.model.threshold_ema[router], total[0] / total[1], self.config.ema_decay
+            mean.copy_(torch.where(mean == UNSET_THRESHOLD, edge, decay * mean + (1 - decay) * edge))

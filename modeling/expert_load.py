@@ -28,11 +28,11 @@ def watch_experts(model: nn.Module, runner: LayerRunner, losses: RouterLossTerms
     if not (model.training and family.num_experts and config.output_router_logits and config.router_aux_loss_coef):
         yield
         return
-    seen: list[torch.Tensor] = []
+    seen: list[tuple[torch.Tensor, torch.Tensor | None]] = []
 
     def record(gate: nn.Module, args: tuple, output: tuple[torch.Tensor, Any, Any]) -> None:
-        logits, tokens = output[0], runner.mlp_tokens
-        seen.append(logits if tokens is None else logits[tokens.flatten()])
+        # picked below: gradient checkpointing would miss an operation here when it computes the layer again
+        seen.append((output[0], runner.mlp_tokens))
 
     hooks = [layer.mlp.gate.register_forward_hook(record) for layer in model.layers if has_experts(layer)]
     try:
@@ -42,4 +42,5 @@ def watch_experts(model: nn.Module, runner: LayerRunner, losses: RouterLossTerms
             hook.remove()
     if seen:
         experts = getattr(config, family.num_experts) + getattr(config, "num_noop_experts", 0)
-        losses.add_mean(expert_load_loss(config, tuple(seen), experts), config.router_aux_loss_coef)
+        counted = tuple(logits if tokens is None else logits[tokens.flatten()] for logits, tokens in seen)
+        losses.add_mean(expert_load_loss(config, counted, experts), config.router_aux_loss_coef)

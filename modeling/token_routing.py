@@ -169,10 +169,10 @@ def capacity_counts(
 
 
 def top_k_edge(scores: torch.Tensor, candidates: torch.Tensor, members: torch.Tensor) -> torch.Tensor:
-    """The score that would let as many candidates of the whole batch in as are members, a scalar."""
+    """The score that would let as many candidates of the whole batch in as are members, a scalar; at least one."""
     ranked = scores[candidates].sort(descending=True).values
     count = int(members.sum())
-    return (ranked[count - 1] + ranked[min(count, len(ranked) - 1)]) / 2
+    return (ranked[max(count, 1) - 1] + ranked[min(count, len(ranked) - 1)]) / 2
 
 
 def uniform_noise(position_ids: torch.Tensor, router: int) -> torch.Tensor:

@@ -134,7 +134,7 @@ BAD_MOD = [
     ({"routing": "none"}, "`routing` is 'none', but must be one of 'expert_choice', 'stochastic'"),
     ({"routing_unit": "layer"}, "`routing_unit` is 'layer', but must be one of"),
     ({"gate": "softmax"}, "`gate` is 'softmax', but must be one of 'raw'"),
-    ({"gate": "straight_through", "router_alpha": 0.5}, "`router_alpha` is 0.5, but gate='straight_through' is always"),
+    ({"gate": "straight_through", "router_alpha": 0.5}, "`router_alpha` is 0.5, but gate='straight_through' is"),
     ({"router_alpha": -1.0}, "`router_alpha` is -1.0, but must be positive"),
     ({"router_thresholds": [0.5]}, "`router_thresholds` has 1 entries, but must have one for each of the 4"),
     ({"inference_rule": "ema"}, "`inference_rule` is 'ema'"),

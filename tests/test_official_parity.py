@@ -4,61 +4,26 @@ Expert choice as its module computes it in training and evaluation (top-k over t
 module computes it for a single row (for several it indexes the wrong rows).
 """
 
-import math
-
 import pytest
 import torch
 from tiny_families import VOCABULARY, tiny_mor
-
-
-def _norm(x, weight, eps):
-    return weight * x / (x.pow(2).mean(-1, keepdim=True) + eps).sqrt()
-
-
-def _rotate(x, positions, theta):
-    """`x` of shape (tokens, heads, dim), at the tokens' original positions."""
-    half = x.shape[-1] // 2
-    angles = positions[:, None].float() * theta ** (-torch.arange(half).float() / half)
-    cos, sin = angles.cos()[:, None], angles.sin()[:, None]
-    a, b = x[..., :half], x[..., half:]
-    return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1)
-
-
-def _llama_layer(layer, x, positions, config):
-    """One Llama layer on the tokens `x` of shape (tokens, hidden), causal among themselves."""
-    heads, kv_heads, dim = config.num_attention_heads, config.num_key_value_heads, config.head_dim
-    theta = config.rope_parameters["rope_theta"]
-    attention, eps = layer.self_attn, config.rms_norm_eps
-    h = _norm(x, layer.input_layernorm.weight, eps)
-    q = _rotate((h @ attention.q_proj.weight.T).view(-1, heads, dim), positions, theta)
-    k = _rotate((h @ attention.k_proj.weight.T).view(-1, kv_heads, dim), positions, theta)
-    v = (h @ attention.v_proj.weight.T).view(-1, kv_heads, dim)
-    k, v = (t.repeat_interleave(heads // kv_heads, dim=1) for t in (k, v))
-    out = torch.zeros_like(q)
-    for t in range(x.shape[0]):
-        for head in range(heads):
-            scores = k[: t + 1, head] @ q[t, head] / math.sqrt(dim)
-            out[t, head] = scores.softmax(0) @ v[: t + 1, head]
-    x = x + out.reshape(x.shape[0], -1) @ attention.o_proj.weight.T
-    h = _norm(x, layer.post_attention_layernorm.weight, eps)
-    gate = h @ layer.mlp.gate_proj.weight.T
-    return x + (gate * gate.sigmoid() * (h @ layer.mlp.up_proj.weight.T)) @ layer.mlp.down_proj.weight.T
+from written_out_llama import llama_layer, logits_of
 
 
 def _block(model, x, positions):
     for layer in model.model.layers[1:-1]:
-        x = _llama_layer(layer, x, positions, model.config)
+        x = llama_layer(layer, x, positions, model.config)
     return x
 
 
 def _finish(model, h, positions):
-    h = _llama_layer(model.model.layers[-1], h, positions, model.config)
-    return _norm(h, model.model.norm.weight, model.config.rms_norm_eps) @ model.lm_head.weight.T
+    h = llama_layer(model.model.layers[-1], h, positions, model.config)
+    return logits_of(model, h)
 
 
 def _start(model, ids):
     positions = torch.arange(ids.shape[0])
-    return _llama_layer(model.model.layers[0], model.model.embed_tokens(ids), positions, model.config), positions
+    return llama_layer(model.model.layers[0], model.model.embed_tokens(ids), positions, model.config), positions
 
 
 def official_expert_choice(model, ids, gating):
