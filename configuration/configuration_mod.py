@@ -10,6 +10,7 @@ from .routed_config import RoutedConfig, RoutedPass, check_capacities
 
 
 MOD_ROUTINGS = ("expert_choice", "stochastic")
+TRAINING_PATHS = ("gathered", "masked")
 ROUTING_UNITS = ("block", "attention", "mlp")
 # gate -> default of `router_alpha`, None where the gate has no such factor
 GATES: dict[str, float | None] = {"raw": 1.0, "sigmoid": 1.0, "one_plus_tanh": 0.2, "straight_through": None}
@@ -75,6 +76,10 @@ class MoDConfig(RoutedConfig):
             Weight of the squared logits.
         always_route_first (`int`, *optional*, defaults to 0):
             The first tokens of every row, or packed document, that enter every routed layer (attention sinks).
+        training_path (`str`, *optional*, defaults to `"gathered"`):
+            `gathered` computes only the tokens that enter (the paper); `masked` computes all in training, with the
+            same result, so that the routers learn from those that stay out too, which get the gradient of their gate
+            through its value 0.
         num_noop_experts (`int`, *optional*, defaults to 0):
             Integrated MoDE: experts without parameters and without effect, beside those of an MoE backbone.
 
@@ -98,6 +103,7 @@ class MoDConfig(RoutedConfig):
     predictor_hidden_size: int | None = None
     ema_decay: float | int = 0.99
     always_route_first: int = 0
+    training_path: str = "gathered"
     num_noop_experts: int = 0
 
     def __post_init__(self, **kwargs):
@@ -128,6 +134,7 @@ class MoDConfig(RoutedConfig):
         check_choice("routing", self.routing, MOD_ROUTINGS)
         check_choice("routing_unit", self.routing_unit, ROUTING_UNITS)
         check_choice("gate", self.gate, tuple(GATES))
+        check_choice("training_path", self.training_path, TRAINING_PATHS)
         if self.routing == "stochastic":
             for field, default in _LEARNED.items():
                 if getattr(self, field) != default:

@@ -152,6 +152,7 @@ class AttentionContext:
         query_columns: torch.Tensor,
         key_columns: torch.Tensor,
         key_valid: torch.Tensor | None,
+        sees_itself: bool = False,
     ) -> torch.Tensor | None:
         """Mask among tokens of one routed group: causal by column, within the window and the document.
 
@@ -161,6 +162,7 @@ class AttentionContext:
             query_columns (`torch.LongTensor` of shape `(rows, k)`)
             key_columns (`torch.LongTensor` of shape `(rows, keys)`): ascending; the last ones are the queries'.
             key_valid (`torch.BoolTensor` of shape `(rows, keys)`): `None` if all keys are.
+            sees_itself: every query sees its own key, also if that is not valid for others.
 
         Returns:
             `None` where `sdpa` needs no mask to be exact; else of shape `(rows, 1, k, keys)`, bool for `sdpa` and
@@ -179,6 +181,8 @@ class AttentionContext:
             allowed = allowed & (key_columns[:, None, :] > query_columns[:, :, None] - window)
         if key_valid is not None:
             allowed = allowed & key_valid[:, None, :]
+            if sees_itself:
+                allowed = allowed | (key_columns[:, None, :] == query_columns[:, :, None])
         if self.padding is not None and not self.all_valid:
             allowed = allowed & self._visible(rows, key_columns)[:, None, :]
         if self.documents is not None:

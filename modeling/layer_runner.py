@@ -173,10 +173,11 @@ class LayerRunner:
         combine: Combine,
         shared: SharedKeyValues | None = None,
     ) -> torch.Tensor:
-        """Every token passes in static shapes, but only the active ones change and are seen by others.
+        """Every token is computed, but only the active ones are seen by others: static shapes, and masked training.
 
         Args:
             active (`torch.BoolTensor` of shape `(batch, seq_len)`): the entering tokens.
+            combine: makes the new stream of all tokens; those that are not active must come out as they were.
         """
         update = hidden_states
         entered = active.unsqueeze(-1)
@@ -184,7 +185,7 @@ class LayerRunner:
         for layer, slot in zip(group.layers, group.slots, strict=True):
             update = self._call(layer, slot, update, attending)
             self.recorder.state(torch.where(entered, update, hidden_states))
-        result = torch.where(entered, combine(update, _everything).to(hidden_states.dtype), hidden_states)
+        result = combine(update, _everything)
         self.recorder.replace_last(result)
         return result
 
@@ -252,13 +253,15 @@ class LayerRunner:
         view = self._view(group, None, shared, None)
         if shared is not None:
             return Attending(view, lambda kind: (context.dense_mask(kind), context.rotary[kind]))
-        key_valid = self.cache.layers[group.slots[0]].flag(context.columns, active)
         rows = torch.arange(context.batch_size, device=active.device)
-        query_columns = context.columns.expand(context.batch_size, -1)
-        key_columns = torch.arange(key_valid.shape[1], device=active.device).expand(context.batch_size, -1)
+        query_columns = key_columns = context.columns.expand(context.batch_size, -1)
+        key_valid = active
+        if self.cache is not None:
+            key_valid = self.cache.layers[group.slots[0]].flag(context.columns, active)
+            key_columns = torch.arange(key_valid.shape[1], device=active.device).expand(context.batch_size, -1)
 
         def inputs_of(kind: str) -> AttentionInputs:
-            mask = context.routed_mask(kind, rows, query_columns, key_columns, key_valid)
+            mask = context.routed_mask(kind, rows, query_columns, key_columns, key_valid, sees_itself=True)
             return mask, context.rotary[kind]
 
         return Attending(view, inputs_of)

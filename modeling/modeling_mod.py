@@ -54,10 +54,15 @@ class DepthRouting(RoutedForward):
 
     def _run_routed(self, router: int, routed_pass: RoutedPass, hidden_states: torch.Tensor) -> torch.Tensor:
         """x + g f(x) for the tokens that enter, x for the others (paper, equation 1)."""
+        config = self.config
         gate, active = self._decide(router, routed_pass, hidden_states)
         self.trace.enter(router, active)
         group = LayerGroup(routed_pass.slots, routed_pass.slots)
-        masked = self.context.is_static and not routed_pass.always
+        training = self.model.training and config.training_path == "masked"
+        masked = (self.context.is_static or training) and not routed_pass.always
+        if masked:
+            # zero for tokens that stay out, with the gate's gradient in training
+            gate = torch.where(active, gate, gate - gate.detach())
         selection = None if masked or routed_pass.always else Selection.from_mask(active)
         if routed_pass.unit != "block":
             part = RoutedPart(
@@ -102,7 +107,7 @@ class MoDModel(RoutedModel, MoDPreTrainedModel):
     )  # fmt: skip
     editable_fields = (
         "capacity", "capacity_multiple", "gate", "router_alpha", "router_thresholds", "inference_rule", "ema_decay",
-        "always_route_first", "aux_loss_coef", "router_z_loss_coef", "compute", "compute_curve",
+        "always_route_first", "training_path", "aux_loss_coef", "router_z_loss_coef", "compute", "compute_curve",
     )  # fmt: skip
 
     def __init__(self, config: MoDConfig):

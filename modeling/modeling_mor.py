@@ -133,7 +133,9 @@ class Recursion(RoutedForward):
         if self.passes[number].always:
             hidden_states = self.runner.run_dense(group, hidden_states, combine, shared)
         elif self.context.is_static:
-            hidden_states = self.runner.run_masked(group, hidden_states, active, combine, shared)
+            hidden_states = self.runner.run_masked(
+                group, hidden_states, active, _kept_where_inactive(active, hidden_states, combine), shared
+            )
         else:
             selection = Selection.from_mask(active)
             if selection is None:
@@ -157,6 +159,13 @@ class Recursion(RoutedForward):
             torch.distributed.all_reduce(load)
         bias = self.model.balancing_bias[number]
         bias.add_(self.config.balancing_update_rate * (load.mean() - load).sign())
+
+
+def _kept_where_inactive(active: torch.Tensor, hidden_states: torch.Tensor, combine: Combine) -> Combine:
+    def keep(update: torch.Tensor, pick: Pick) -> torch.Tensor:
+        return torch.where(active.unsqueeze(-1), combine(update, pick).to(hidden_states.dtype), hidden_states)
+
+    return keep
 
 
 class MoRModel(RoutedModel, MoRPreTrainedModel):

@@ -60,10 +60,10 @@ class RoutedPart:
 
     Attributes:
         unit: `attention` or `mlp`.
-        gate (`torch.Tensor` of shape `(batch, seq_len)`): fp32.
+        gate (`torch.Tensor` of shape `(batch, seq_len)`): fp32; 0 for tokens that are computed but do not enter.
         active (`torch.BoolTensor` of shape `(batch, seq_len)`): the entering tokens; `None` for all.
         selection: the entering tokens, gathered; `None` where all tokens are computed, or none.
-        computes_all: all tokens are computed, and the output of those that do not enter is dropped.
+        computes_all: all tokens are computed, and the gate drops the output of those that do not enter.
     """
 
     unit: str
@@ -84,8 +84,6 @@ class RoutedPart:
         """Output at full length, zero for tokens that did not enter."""
         if self.selection is not None and not self.selection.full:
             return self.selection.scatter(output.new_zeros(*self.gate.shape, output.shape[-1]), output)
-        if self.active is not None and self.computes_all:
-            return output.masked_fill(~self.active.unsqueeze(-1), 0.0)
         return output
 
     def gated(self, output: torch.Tensor) -> torch.Tensor:
