@@ -1,8 +1,11 @@
-"""Law 3 per family: a MoR in which every token goes all the way is the vanilla model with its layers repeated."""
+"""Law 3 per family: where every token goes all the way, a MoR is the vanilla model with its layers repeated.
+
+A MoD is the vanilla model itself.
+"""
 
 import pytest
 import torch
-from tiny_families import NO_SDPA, VOCABULARY, switch_on, tiny_mor, vanilla_of
+from tiny_families import MOD_BACKBONES, NO_SDPA, OPEN_MOD, VOCABULARY, switch_on, tiny_mod, tiny_mor, vanilla_of
 
 from varidepth.configuration.backbone_config import BACKBONES
 
@@ -35,6 +38,36 @@ def test_is_bit_equal_to_the_vanilla_model_repeated(backbone, attention, fields)
     )
     generate = {"max_new_tokens": 6, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
     assert torch.equal(model.generate(prompts, **generate), vanilla.generate(prompts, **generate))
+
+
+@pytest.mark.parametrize("capacity", [1.0, 0.5], ids=["full_capacity", "open_routers"])
+@pytest.mark.parametrize("unit", ["block", "attention", "mlp"])
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+@pytest.mark.parametrize("backbone", MOD_BACKBONES)
+@torch.no_grad()
+def test_a_mod_that_skips_nothing_is_bit_equal_to_the_vanilla_model(backbone, attention, unit, capacity):
+    if attention == "sdpa" and backbone in NO_SDPA:
+        pytest.skip(reason="the family caps its attention scores, which sdpa cannot do; refused, see below")
+    model = tiny_mod(backbone, attention=attention, routing_unit=unit, **{**OPEN_MOD, "capacity": capacity})
+    switch_on(model)
+    vanilla, prompts = vanilla_of(model), _prompts()
+    assert torch.equal(model(prompts).logits, vanilla(prompts).logits)
+    padded = torch.nn.functional.pad(prompts, (3, 0))
+    mask = (padded != 0).long()
+    given, expected = (m(padded, attention_mask=mask).logits[:, 3:] for m in (model, vanilla))
+    torch.testing.assert_close(given, expected, rtol=0, atol=1e-6 if capacity == 1 else 4e-6)
+    generate = {"max_new_tokens": 4, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+    assert torch.equal(model.generate(prompts, **generate), vanilla.generate(prompts, **generate))
+
+
+@pytest.mark.parametrize("unit", ["block", "attention", "mlp"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@torch.no_grad()
+def test_a_mod_that_skips_nothing_is_bit_equal_in_half_precision_too(dtype, unit):
+    model = tiny_mod("qwen3", routing_unit=unit, **OPEN_MOD).to(dtype)
+    switch_on(model)
+    vanilla = vanilla_of(model).to(dtype)
+    assert torch.equal(model(_prompts()).logits, vanilla(_prompts()).logits)
 
 
 @pytest.mark.parametrize("kv_mode", ["recursion", "shared"])
@@ -86,6 +119,8 @@ def test_one_recursion_is_the_vanilla_model():
 def test_softcapped_attention_under_sdpa_is_refused():
     with pytest.raises(ValueError, match="caps its attention scores, which sdpa cannot do; use"):
         tiny_mor("gemma2", attention="sdpa")
+    with pytest.raises(ValueError, match="caps its attention scores, which sdpa cannot do; use"):
+        tiny_mod("gemma2", attention="sdpa")
 
 
 def test_fused_qkv_under_shared_keys_is_refused():
@@ -93,8 +128,9 @@ def test_fused_qkv_under_shared_keys_is_refused():
         tiny_mor("phi3", kv_mode="shared")
 
 
-def test_flex_attention_on_routed_layers_is_refused():
-    model = tiny_mor()
+@pytest.mark.parametrize("tiny", [tiny_mor, tiny_mod])
+def test_flex_attention_on_routed_layers_is_refused(tiny):
+    model = tiny()
     model.config._attn_implementation = "flex_attention"
     with pytest.raises(ValueError, match="attn_implementation is 'flex_attention', but routed layers"):
         model(_prompts())
@@ -110,9 +146,10 @@ def test_shared_keys_skip_the_projections():
     assert skipped == [False, True, True]
 
 
+@pytest.mark.parametrize("tiny", [tiny_mor, tiny_mod])
 @torch.no_grad()
-def test_packed_documents_do_not_see_each_other():
-    model = tiny_mor(attention="sdpa")
+def test_packed_documents_do_not_see_each_other(tiny):
+    model = tiny(attention="sdpa")
     first, second = _prompts()[:1, :6], _prompts()[1:, :7]
     packed = torch.cat([first, second], dim=1)
     positions = torch.cat([torch.arange(6), torch.arange(7)])[None]
