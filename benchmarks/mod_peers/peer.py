@@ -1,7 +1,7 @@
 """The interface between the checks and an implementation of Mixture-of-Depths.
 
-An adapter subclasses `Peer`: it builds a tiny model with random weights and says where its routed layers are. What
-happens inside is watched with forward hooks, so that the checks measure what the implementation does, not what it says.
+An adapter subclasses `Peer`: it builds a tiny model with random weights and says where its routed layers are.
+Forward hooks watch what happens inside, so that the checks measure what an implementation does, not what it says.
 """
 
 from collections.abc import Iterator
@@ -34,7 +34,7 @@ class RoutedLayer:
     """Where a routed layer can be watched.
 
     Attributes:
-        layer: gets the whole sequence and returns it.
+        layer: gets the whole sequence and returns it; or the router, where no module does.
         router: its output is the routing weight of every token.
         entry: the first module that gets the gathered tokens only.
         parts: modules whose outputs are the update of the gathered tokens, as attention and MLP.
@@ -44,13 +44,13 @@ class RoutedLayer:
         router_call: which call of the router is this layer's, where layers share one.
     """
 
-    layer: nn.Module
-    router: nn.Module
-    entry: nn.Module
-    parts: list[nn.Module]
+    layer: Any
+    router: Any
+    entry: Any
+    parts: list[Any]
     whole: bool
-    silence: list[nn.Module] = field(default_factory=list)
-    leaves_at: nn.Module | None = None
+    silence: list[Any] = field(default_factory=list)
+    leaves_at: Any = None
     router_call: int = 0
 
 
@@ -110,7 +110,7 @@ class Peer:
     trains_to_route = False
     gate = "raw"
     notes: tuple[str, ...] = ()
-    model: nn.Module
+    model: Any
     routed: list[RoutedLayer]
     built_with: dict[str, Any]
 
@@ -217,7 +217,7 @@ def watch(routed: list[RoutedLayer]) -> Iterator[list[dict[str, list[Tensor]]]]:
 
         def keep_input(key: str, record: dict[str, list[Tensor]] = record) -> Any:
             def hook(module: nn.Module, args: tuple, kwargs: dict) -> None:
-                value = args[0] if args else kwargs.get("hidden_states", kwargs.get("x"))
+                value: Any = args[0] if args else kwargs.get("hidden_states", kwargs.get("x"))
                 record[key].append(value.detach().clone())
 
             return hook
@@ -246,7 +246,7 @@ def watch(routed: list[RoutedLayer]) -> Iterator[list[dict[str, list[Tensor]]]]:
 
 def seen_to_trace(layer: RoutedLayer, seen: dict[str, list[Tensor]]) -> Trace:
     """Find the gathered tokens of one sequence again in the layer's input."""
-    x, y = seen["x"][0][0], seen["y"][0][0]
+    x, y = seen["x"][layer.router_call if layer.layer is layer.router else 0][0], seen["y"][0][0]
     gathered = torch.cat([each.flatten(0, -2) for each in seen["entry"]]) if seen["entry"] else x[:0]
     selected = torch.tensor(
         [int((x == token).all(-1).nonzero()[0]) if (x == token).all(-1).any() else -1 for token in gathered],

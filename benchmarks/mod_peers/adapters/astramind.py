@@ -1,11 +1,13 @@
 """astramind-ai/Mixture-of-depths, on PyPI as mixture-of-depth: wraps every second layer of a transformers model."""
 
 from pathlib import Path
+from typing import Any
 
 import torch
-from adapters.patched_llama import PatchedLlama, llama
 from peer import Peer, RoutedLayer, redraw
 from torch import Tensor
+
+from adapters.patched_llama import PatchedLlama, llama
 
 
 class Astramind(PatchedLlama):
@@ -26,7 +28,7 @@ class Astramind(PatchedLlama):
         for routed in self.routed:
             routed.layer.capacity = capacity
 
-    def use(self, model: torch.nn.Module) -> None:
+    def use(self, model: Any) -> None:
         """Take a model whose layers are wrapped."""
         self.model = model.eval()
         self.routed = [
@@ -58,11 +60,3 @@ class Astramind(PatchedLlama):
         for routed, old in zip(again.routed, self.routed, strict=True):
             routed.layer.capacity = old.layer.capacity
         return again
-
-    def auto_outputs(self, folder: Path, ids: Tensor) -> Tensor:
-        from transformers import AutoModelForCausalLM
-
-        self.model.save_pretrained(folder)
-        loaded = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True).eval()
-        return loaded(ids, use_cache=False).logits
-

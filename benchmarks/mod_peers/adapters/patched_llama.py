@@ -1,14 +1,15 @@
 """What the adapters of patched transformers models share: a tiny Llama, and decoding with a DynamicCache."""
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
-from peer import VOCAB, Peer, Store, tensor_bytes, watch
-from torch import Tensor, nn
+from peer import VOCAB, Peer, PeerError, Store, tensor_bytes, watch
+from torch import Tensor
 
 
-def llama(layers: int, **changes: Any) -> nn.Module:
+def llama(layers: int, **changes: Any) -> Any:
     """A tiny Llama of the installed transformers."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -84,7 +85,19 @@ class PatchedLlama(Peer):
             for first, last in zip(counts[0], counts[-1], strict=True)
         ]
 
-    def is_routed(self, layer: nn.Module) -> bool:
+    def auto_outputs(self, folder: Path, ids: Tensor) -> Tensor:
+        """Through the class that AutoModelForCausalLM picks, which must find all of its weights."""
+        from transformers import AutoModelForCausalLM
+
+        self.model.save_pretrained(folder)
+        load: Any = AutoModelForCausalLM.from_pretrained
+        loaded, info = load(folder, trust_remote_code=True, output_loading_info=True)
+        missing = info["missing_keys"]
+        if missing:
+            raise PeerError(f"loads a Llama without routers, {len(missing)} of whose tensors are drawn anew")
+        return loaded.eval()(ids, use_cache=False).logits
+
+    def is_routed(self, layer: Any) -> bool:
         """Whether this layer of the model routes."""
         return hasattr(layer, "router")
 

@@ -5,11 +5,13 @@ one closest to Mixture-of-Depths (the block, a decision for each token).
 """
 
 from pathlib import Path
+from typing import Any
 
 import torch
-from adapters.patched_llama import PatchedLlama, llama
 from peer import NotOfferedError, Peer, PeerError, RoutedLayer, Trace, redraw
-from torch import Tensor, nn
+from torch import Tensor
+
+from adapters.patched_llama import PatchedLlama, llama
 
 
 class RouterTuning(PatchedLlama):
@@ -27,7 +29,7 @@ class RouterTuning(PatchedLlama):
         self.use(apply_router_tuning_patch(base))
         redraw(self.model)
 
-    def use(self, model: nn.Module) -> None:
+    def use(self, model: Any) -> None:
         """Take a patched model."""
         self.model = model.eval()
         whole_block = "block" in self.granularity
@@ -60,7 +62,7 @@ class RouterTuning(PatchedLlama):
     def routed_so_far(self, record: dict[str, list[Tensor]]) -> int:
         return sum(int((output.sigmoid() >= 0.5).sum()) for output in record["router"])
 
-    def base_model(self) -> nn.Module:
+    def base_model(self) -> Any:
         """The unpatched model with the same weights."""
         base = llama(len(self.model.model.layers))
         weights = self.model.state_dict()
@@ -86,17 +88,13 @@ class RouterTuning(PatchedLlama):
         return again
 
     def auto_outputs(self, folder: Path, ids: Tensor) -> Tensor:
-        from transformers import AutoModelForCausalLM
-
         try:
-            self.model.save_pretrained(folder)
+            return super().auto_outputs(folder, ids)
         except RuntimeError as error:
-            raise PeerError("save_pretrained of the patched model refuses: its layers are registered twice") from error
-        return AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True).eval()(ids, use_cache=False).logits
+            raise PeerError("save_pretrained refuses the patched model, whose layers are registered twice") from error
 
 
 class RouterTuningToken(RouterTuning):
     title = "Router-Tuning (block, token)"
     source = "the same with `granularity='block_token'`"
     granularity = "block_token"
-

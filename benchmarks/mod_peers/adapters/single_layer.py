@@ -5,6 +5,7 @@ every second place of a stack with an embedding and a head.
 """
 
 import sys
+from collections.abc import Sequence
 from unittest.mock import MagicMock
 
 import torch
@@ -14,6 +15,9 @@ from torch import Tensor, nn
 
 
 WIDTH = 48
+IN_STACK = (
+    "at every second place of a stack written here; it generates nothing itself, so evaluation mode stands for that"
+)
 
 
 class Block(nn.Module):
@@ -37,7 +41,7 @@ class Block(nn.Module):
 class Stack(nn.Module):
     """Embedding, layers, norm and head."""
 
-    def __init__(self, layers: list[nn.Module]) -> None:
+    def __init__(self, layers: Sequence[nn.Module]) -> None:
         super().__init__()
         self.emb = nn.Embedding(VOCAB, WIDTH)
         self.layers = nn.ModuleList(layers)
@@ -103,7 +107,10 @@ class Kyegomez(SingleLayer):
     title = "kyegomez"
     source = "the layer `mixture_of_depths.main.MoD`"
     gate = "softmax"
-    notes = ("zeta.nn is replaced by a stand-in: the layer uses nothing of it",)
+    notes = (
+        IN_STACK,
+        "zeta.nn is replaced by a stand-in: the layer uses nothing of it",
+    )
 
     def wrap(self, block: nn.Module, capacity: float) -> nn.Module:
         sys.modules.setdefault("zeta", MagicMock())
@@ -118,6 +125,7 @@ class MixtureAI(SingleLayer):
     source = "the layer `MoD.MoDTransformerBlock`"
     trains_to_route = True
     router_name = "router_mlp"
+    notes = (IN_STACK,)
 
     def wrap(self, block: nn.Module, capacity: float) -> nn.Module:
         from MoD import MoDTransformerBlock
