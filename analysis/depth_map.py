@@ -1,4 +1,4 @@
-"""Depth of every token of a text: how many passes through the shared layers the routers gave it."""
+"""Depth of every token of a text: how many recursions (MoR) or routed layers (MoD) the routers gave it."""
 
 import unicodedata
 from collections.abc import Sequence
@@ -7,6 +7,8 @@ from typing import Any
 
 import torch
 
+from .cost import passes_of
+
 
 @dataclass(frozen=True)
 class MappedToken:
@@ -14,7 +16,7 @@ class MappedToken:
 
     Attributes:
         text: the characters it stands for; empty if it ends inside a character that an earlier token shows.
-        depth: (block, recursion) passes it entered.
+        depth: passes of `config.routed_passes` that it entered.
         special: it is a special token of the tokenizer, `text` being its name.
     """
 
@@ -74,11 +76,12 @@ def depth_map(
         ValueError: for an empty text or a model whose tokens all have the same depth by construction.
     """
     config = model.config
-    if not hasattr(config, "recursive_blocks") or getattr(config, "routing", None) == "none":
-        kind = f"{config.model_type!r} model" + (" with routing='none'" if hasattr(config, "routing") else "")
+    passes = passes_of(config)
+    if all(routed_pass.always for routed_pass in passes):
+        kind = f"{config.model_type!r} model" + (f" with routing={config.routing!r}" if passes else "")
         raise ValueError(
-            f"A {kind} gives every token the same depth; give a model with routed layers, which "
-            "`varidepth convert` makes from this one."
+            f"A {kind} gives every token the same depth; give a model with routed layers and capacities below "
+            "1, which `varidepth convert` makes from this one."
         )
     ids, texts, specials = tokenize(tokenizer, text, add_special_tokens)
     if not ids:
@@ -87,7 +90,7 @@ def depth_map(
         chunk_size = len(ids)
     depths = _depths(model, ids, chunk_size)
     tokens = tuple(MappedToken(t, d, s) for t, d, s in zip(texts, depths, specials, strict=True))
-    return DepthMap(tokens, len(config.recursive_blocks) * config.num_recursions, title)
+    return DepthMap(tokens, len(passes), title)
 
 
 def _depths(model: Any, ids: list[int], chunk_size: int) -> list[int]:

@@ -20,6 +20,7 @@ from .depth_map import (
 from .depth_picture import render_png, require_matplotlib, summary
 
 
+DEPTH_MEANING = "how many recursions (MoR) or routed layers (MoD) it enters"
 DIGITS = "0123456789abcdefghijklmnopqrstuvwxyz"
 
 
@@ -88,7 +89,7 @@ def _terminal_legend(mapped: DepthMap, colour: bool) -> list[str]:
         bar = "#" * round(30 * count / most)
         lines.append(f"{mark}{name} {100 * count / len(mapped.tokens):5.1f} % {bar}".rstrip())
     if not colour:
-        lines.append("Each token has its depth, the number of passes through the shared layers, below it.")
+        lines.append(f"Each token has its depth below it: {DEPTH_MEANING}.")
     return lines
 
 
@@ -144,8 +145,7 @@ def render_html(mapped: DepthMap) -> str:
         f"<style>{_STYLE}{chr(10).join(css)}\n</style>\n</head>\n<body>\n<h1>{title}</h1>\n"
         f'<p class="summary">{summary(mapped)}</p>\n{_html_legend(mapped)}\n'
         f'<main class="text">\n{chr(10).join(paragraphs)}\n</main>\n'
-        "<footer>Depth is the number of passes through the shared layers that a token enters. Hover over a token to "
-        "read its depth.</footer>\n</body>\n</html>\n"
+        f"<footer>Depth: {DEPTH_MEANING}. Hover over a token to read its own.</footer>\n</body>\n</html>\n"
     )
 
 

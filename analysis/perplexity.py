@@ -1,4 +1,4 @@
-"""Held-out loss of a causal language model, vanilla or MoR, in nats per token and per byte."""
+"""Held-out loss of a causal language model, vanilla or routed, in nats per token and per byte."""
 
 import math
 from collections.abc import Iterable
@@ -37,6 +37,24 @@ class HeldOutLoss:
     @property
     def perplexity(self) -> float:
         return math.exp(self.nats_per_token)
+
+
+@dataclass(frozen=True)
+class RoutingGap:
+    """What it costs that the routers cannot see the future.
+
+    Attributes:
+        topk: loss when in every window the tokens of highest score enter, as in training.
+        causal: loss by the model's own rule.
+    """
+
+    topk: HeldOutLoss
+    causal: HeldOutLoss
+
+    @property
+    def nats_per_token(self) -> float:
+        """loss(top-k) - loss(causal): below zero by what the causal rule loses."""
+        return self.topk.nats_per_token - self.causal.nats_per_token
 
 
 def _windows(tokens: list[int], size: int) -> list[list[int]]:
@@ -118,6 +136,36 @@ def held_out_loss(
     # a document that was not read to its end counts its bytes in proportion
     read = sum(size * seen / total for (size, total), seen in zip(sizes, predicted, strict=True) if seen)
     return HeldOutLoss(nats, sum(predicted), round(read), sum(1 for seen in predicted if seen))
+
+
+def routing_gap(model: Any, tokenizer: Any, documents: str | Iterable[str], **options: Any) -> RoutingGap:
+    """The held-out loss under top-k and under the model's causal rule (MoD paper, section 4.2), on the same windows.
+
+    Args:
+        model (`PreTrainedModel`): a routed causal language model with routing="expert_choice".
+        tokenizer, documents, options: as in `held_out_loss`.
+
+    Raises:
+        ValueError: for a model of another routing, one whose rule is "topk" itself, and as `held_out_loss`.
+    """
+    config = model.config
+    if getattr(config, "routing", None) != "expert_choice" or config.inference_rule == "topk":
+        given = {
+            "routing": getattr(config, "routing", None),
+            "inference_rule": getattr(config, "inference_rule", None),
+        }
+        raise ValueError(
+            f"The model has {given}, but the gap is between top-k and a causal rule of routing='expert_choice'; give "
+            "such a model, or use `held_out_loss`."
+        )
+    texts = [documents] if isinstance(documents, str) else list(documents)
+    rule = config.inference_rule
+    causal = held_out_loss(model, tokenizer, texts, **options)
+    try:
+        config.inference_rule = "topk"
+        return RoutingGap(held_out_loss(model, tokenizer, texts, **options), causal)
+    finally:
+        config.inference_rule = rule
 
 
 @torch.no_grad()

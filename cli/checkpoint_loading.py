@@ -9,27 +9,36 @@ import transformers
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from ..configuration.backbone_config import BACKBONES, MOE_BACKBONES
+from ..configuration.routed_config import RoutedConfig
 from ..conversion.source_checkpoint import open_source
 
 
+COMPUTE_HELP = "operating point of a calibrated model: share of the FLOPs of all tokens in all layers"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
-def load_checkpoint(source: str, *, revision: str | None = None, dtype: str | None = None) -> tuple[Any, Any]:
-    """The causal language model of a MoR or vanilla checkpoint, in eval mode, and its tokenizer.
+def load_checkpoint(
+    source: str, *, revision: str | None = None, dtype: str | None = None, compute: float | None = None
+) -> tuple[Any, Any]:
+    """The causal language model of a routed or vanilla checkpoint, in eval mode, and its tokenizer.
 
     Args:
         source (`str`): folder or Hub id.
         revision (`str`, *optional*): branch, tag or commit of a Hub source.
         dtype (`str`, *optional*): a key of `DTYPES`; by default float32 on a CPU, else as stored.
+        compute (`float`, *optional*): operating point of a calibrated model; by default what its configuration says.
 
     Raises:
-        ValueError: if it cannot be found or read, is of another family, has no tokenizer, or its weights are not those
-            of its configuration.
+        ValueError: if it cannot be found or read, is of another family, has no tokenizer, its weights are not those
+            of its configuration, or it has no such operating point.
     """
     checkpoint = open_source(Path(source) if Path(source).exists() else source, revision=revision, allowed=_ALLOWED)
     if checkpoint.gguf is not None:
         raise ValueError(f"{source} is a GGUF file, which cannot be run here; run `varidepth convert` on it first.")
+    operating_point = {}
+    if compute is not None:
+        _require_operating_point(checkpoint.name, checkpoint.config, compute)
+        operating_point["compute"] = compute
     on_cpu = not torch.cuda.is_available()
     kind = DTYPES[dtype] if dtype else torch.float32 if on_cpu else "auto"
     try:
@@ -42,11 +51,20 @@ def load_checkpoint(source: str, *, revision: str | None = None, dtype: str | No
     transformers.logging.disable_progress_bar()
     # sizes that differ are reported by name like the rest, instead of in a table of transformers
     loaded: Any = AutoModelForCausalLM.from_pretrained(
-        checkpoint.folder, dtype=kind, output_loading_info=True, ignore_mismatched_sizes=True
+        checkpoint.folder, dtype=kind, output_loading_info=True, ignore_mismatched_sizes=True, **operating_point
     )
     model, info = loaded
     _require_all_weights(checkpoint.name, info)
     return model.to("cpu" if on_cpu else "cuda").eval(), tokenizer
+
+
+def _require_operating_point(name: str, config: Any, compute: float) -> None:
+    if not isinstance(config, RoutedConfig):
+        raise ValueError(
+            f"`compute` is {compute}, but {name} is a {config.model_type!r} model, whose tokens all run every layer; "
+            "leave it out."
+        )
+    config.thresholds_at(compute)
 
 
 def _require_all_weights(name: str, info: dict[str, Any]) -> None:

@@ -7,17 +7,18 @@ from pathlib import Path
 
 from ..analysis.depth_map import depth_map
 from ..analysis.depth_render import check_target, render_terminal, write_depth_map
-from .checkpoint_loading import DTYPES, load_checkpoint
+from .checkpoint_loading import COMPUTE_HELP, DTYPES, load_checkpoint
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Checkpoint, text and output."""
-    parser.add_argument("checkpoint", help="folder or Hub id of a MoR")
+    parser.add_argument("checkpoint", help="folder or Hub id of a MoR or MoD")
     parser.add_argument("text", nargs="*", help="the text, joined by spaces; - is standard input")
     parser.add_argument("--file", help="read the text from this UTF-8 file")
     parser.add_argument("-o", "--output", action="append", default=[], help="write .html or .png (may be repeated)")
     parser.add_argument("--title", help="heading of the files (default: the name of the checkpoint)")
     parser.add_argument("--no-special-tokens", action="store_true", help="do not let the tokenizer add BOS and EOS")
+    parser.add_argument("--compute", type=float, metavar="SHARE", help=COMPUTE_HELP)
     parser.add_argument("--revision", help="branch, tag or commit of a Hub source")
     parser.add_argument("--dtype", choices=DTYPES, help="type to compute in (default: float32 on a CPU)")
 
@@ -31,7 +32,7 @@ def run(args: argparse.Namespace) -> None:
     text = _read_text(args)
     for path in args.output:
         check_target(path)
-    model, tokenizer = load_checkpoint(args.checkpoint, revision=args.revision, dtype=args.dtype)
+    model, tokenizer = load_checkpoint(args.checkpoint, revision=args.revision, dtype=args.dtype, compute=args.compute)
     title = args.title or f"Depth per token: {Path(args.checkpoint).name}"
     mapped = depth_map(model, tokenizer, text, add_special_tokens=not args.no_special_tokens, title=title)
     for path in args.output:

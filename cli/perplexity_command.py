@@ -7,17 +7,20 @@ from pathlib import Path
 
 from ..analysis.perplexity import held_out_loss
 from ..training.text_blocks import load_documents
-from .checkpoint_loading import DTYPES, load_checkpoint
+from .checkpoint_loading import COMPUTE_HELP, DTYPES, load_checkpoint
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Checkpoint, text and window."""
-    parser.add_argument("checkpoint", help="folder or Hub id of a MoR, or of a vanilla model of a supported family")
+    parser.add_argument(
+        "checkpoint", help="folder or Hub id of a MoR or MoD, or of a vanilla model of a supported family"
+    )
     parser.add_argument("file", help="text file, .jsonl file, or folder of .txt files that the model has not seen")
     parser.add_argument("--window", type=int, default=512, help="tokens per window (default: 512)")
     parser.add_argument("--batch-size", type=int, default=4, help="windows per forward pass (default: 4)")
     parser.add_argument("--max-tokens", type=int, help="stop once this many tokens were predicted")
     parser.add_argument("--text-column", default="text", help="key of the text in a .jsonl file (default: text)")
+    parser.add_argument("--compute", type=float, metavar="SHARE", help=COMPUTE_HELP)
     parser.add_argument("--revision", help="branch, tag or commit of a Hub source")
     parser.add_argument("--dtype", choices=DTYPES, help="type to compute in (default: float32 on a CPU)")
     parser.add_argument("--json", action="store_true", help="print JSON")
@@ -33,7 +36,7 @@ def run(args: argparse.Namespace) -> None:
     if not Path(args.file).exists():
         raise ValueError(f"The text {args.file!r} does not exist; give a text file or a folder of .txt files.")
     documents = load_documents(args.file, text_column=args.text_column)
-    model, tokenizer = load_checkpoint(args.checkpoint, revision=args.revision, dtype=args.dtype)
+    model, tokenizer = load_checkpoint(args.checkpoint, revision=args.revision, dtype=args.dtype, compute=args.compute)
     loss = held_out_loss(
         model,
         tokenizer,
@@ -55,6 +58,7 @@ def run(args: argparse.Namespace) -> None:
         "documents": loss.documents,
         "window": args.window,
         "inference_rule": rule,
+        "compute": getattr(model.config, "compute", None),
     }
     if args.json:
         print(json.dumps(figures, indent=2))
@@ -64,5 +68,7 @@ def run(args: argparse.Namespace) -> None:
     print(
         f"text        {loss.tokens} tokens, {loss.bytes} bytes, {loss.documents} documents, windows of {args.window}"
     )
+    if figures["compute"] is not None:
+        print(f"compute     {figures['compute']:g} of all tokens in all layers, by the calibrated curve")
     if rule == "topk":
         print("note        inference_rule is 'topk', which looks at future tokens: no causal model reaches this loss")

@@ -9,6 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from tiny_families import tiny_mod
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
@@ -26,6 +27,7 @@ from varidepth.analysis.depth_map import (
     wrapped,
 )
 from varidepth.analysis.depth_render import render_html, render_terminal, wants_colour, write_depth_map
+from varidepth.configuration.routed_config import RoutedPass
 
 
 TEXTS = {
@@ -57,8 +59,8 @@ class DepthByPosition:
     """A model whose token at column t has depth 1 + t mod 3, whatever is in the cache."""
 
     def __init__(self, **fields):
-        blocks = [SimpleNamespace(layers=(0,), start=0)]
-        self.config = SimpleNamespace(model_type="mor", recursive_blocks=blocks, num_recursions=3, **fields)
+        passes = [RoutedPass((slot,), 1 / (slot + 1), always=slot == 0) for slot in range(3)]
+        self.config = SimpleNamespace(model_type="mor", routed_passes=passes, **fields)
         self.device, self.training, self.calls = torch.device("cpu"), True, []
 
     def get_output_embeddings(self):
@@ -134,6 +136,21 @@ def test_an_empty_text_and_a_vanilla_model_are_refused(tokenizer):
     vanilla = SimpleNamespace(config=SimpleNamespace(model_type="llama"))
     with pytest.raises(ValueError, match="'llama' model gives every token the same depth"):
         depth_map(vanilla, tokenizer, "text")
+    full = tiny_mod(capacity=1.0)
+    with pytest.raises(ValueError, match="'mod' model with routing='expert_choice' gives every token the same depth"):
+        depth_map(full, tokenizer, "text")
+
+
+@pytest.mark.parametrize("fields", [{}, {"routing_unit": "attention"}, {"routing": "stochastic"}])
+@torch.no_grad()
+def test_the_depth_of_a_token_is_how_many_routed_layers_it_enters(fields, tokenizer):
+    model = tiny_mod(num_hidden_layers=6, **fields)
+    model.resize_token_embeddings(300)
+    ids, _, _ = tokenize(tokenizer, TEXTS["prose"])
+    whole = model(torch.tensor([ids]), output_routing=True).routing_mask[0]
+    result = depth_map(model, tokenizer, TEXTS["prose"], chunk_size=7)
+    assert [token.depth for token in result.tokens] == whole.sum(-1).tolist()
+    assert result.max_depth == 3 and len({token.depth for token in result.tokens}) > 1
 
 
 @pytest.mark.parametrize("name", TEXTS)

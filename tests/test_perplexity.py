@@ -11,8 +11,8 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from varidepth import MoRConfig, MoRForCausalLM
-from varidepth.analysis.perplexity import held_out_loss
+from varidepth import MoDConfig, MoDForCausalLM, MoRConfig, MoRForCausalLM
+from varidepth.analysis.perplexity import held_out_loss, routing_gap
 from varidepth.cli.main import main
 
 
@@ -33,6 +33,10 @@ def make_model(kind: str):
     sizes = SIZES | {"vocab_size": len(WORDS) + 3}
     if kind == "vanilla":
         return LlamaForCausalLM(LlamaConfig(num_hidden_layers=2, **sizes))
+    if kind == "mod":
+        model = MoDForCausalLM(MoDConfig(num_hidden_layers=4, capacity=0.5, gate="sigmoid", **sizes))
+        torch.nn.init.normal_(model.model.routers.weight)
+        return model
     routing = {"capacities": [0.8, 0.5]} if kind == "mor" else {"routing": kind}
     return MoRForCausalLM(MoRConfig(num_hidden_layers=4, **sizes, **routing))
 
@@ -51,7 +55,7 @@ def slow_loss(model, tokenizer, documents, window, start) -> tuple[float, int]:
     return nats, count
 
 
-@pytest.mark.parametrize("kind", ["vanilla", "mor", "token_choice", "none"])
+@pytest.mark.parametrize("kind", ["vanilla", "mor", "token_choice", "none", "mod"])
 @pytest.mark.parametrize("batch_size", [1, 3])
 def test_loss_equals_a_loop_over_tokens(kind, batch_size):
     model, tokenizer = make_model(kind), make_tokenizer(bos_token="<s>", pad_token="<pad>")
@@ -99,6 +103,65 @@ def test_empty_text_is_refused(documents):
 def test_sizes_out_of_range_are_refused(arguments, message):
     with pytest.raises(ValueError, match=message):
         held_out_loss(make_model("vanilla"), make_tokenizer(bos_token="<s>"), DOCUMENTS, **arguments)
+
+
+@pytest.mark.parametrize("kind", ["mor", "mod"])
+def test_the_gap_is_that_of_two_losses_on_the_same_windows(kind):
+    model, tokenizer = make_model(kind).eval(), make_tokenizer(bos_token="<s>")
+    gap = routing_gap(model, tokenizer, iter(DOCUMENTS), window=7)
+    assert gap.causal == held_out_loss(model, tokenizer, DOCUMENTS, window=7)
+    assert model.config.inference_rule == "threshold"
+    model.config.inference_rule = "topk"
+    assert gap.topk == held_out_loss(model, tokenizer, DOCUMENTS, window=7) != gap.causal
+    assert gap.nats_per_token == gap.topk.nats_per_token - gap.causal.nats_per_token
+    with pytest.raises(ValueError, match="between top-k and a causal rule"):
+        routing_gap(model, tokenizer, DOCUMENTS)
+    with pytest.raises(ValueError, match="'routing': None"):
+        routing_gap(make_model("vanilla"), tokenizer, DOCUMENTS)
+
+
+@pytest.fixture(scope="module")
+def calibrated(tmp_path_factory):
+    """A MoD whose curve goes from nobody in the routed layers to everyone."""
+    folder = tmp_path_factory.mktemp("checkpoints") / "tiny-mod"
+    model = make_model("mod")
+    model.config.compute_curve = [
+        {"compute": 0.5, "thresholds": [1.0, 1.0]},
+        {"compute": 1.0, "thresholds": [0.0, 0.0]},
+    ]
+    model.save_pretrained(folder)
+    make_tokenizer(bos_token="<s>", pad_token="<pad>").save_pretrained(folder)
+    return folder
+
+
+def test_the_operating_point_of_a_calibrated_model(calibrated, checkpoint, tmp_path, capsys):
+    text, vanilla = tmp_path / "text.txt", tmp_path / "vanilla"
+    text.write_text("\n\n".join(DOCUMENTS), encoding="utf-8")
+    losses, maps = {}, {}
+    for compute in (None, 0.5, 1.0):
+        point = [] if compute is None else ["--compute", str(compute)]
+        assert main(["perplexity", str(calibrated), str(text), "--json", *point]) == 0
+        figures = json.loads(capsys.readouterr().out)
+        assert figures["compute"] == compute
+        losses[compute] = figures["nats_per_token"]
+        assert main(["depth-map", str(calibrated), "the cat sat on a mat", *point]) == 0
+        maps[compute] = capsys.readouterr().out
+    assert len(set(losses.values())) == 3
+    assert "mean depth 0.00 of 2" in maps[0.5] and "mean depth 2.00 of 2" in maps[1.0]
+    assert main(["perplexity", str(calibrated), str(text), "--compute", "1"]) == 0
+    assert "compute     1 of all tokens in all layers" in capsys.readouterr().out
+
+    make_model("vanilla").save_pretrained(vanilla)
+    make_tokenizer(bos_token="<s>").save_pretrained(vanilla)
+    for folder, compute, message in (
+        (calibrated, "0.3", "goes from 0.5 to 1"),
+        (checkpoint, "0.8", "no calibrated `compute_curve`; run `varidepth calibrate`"),
+        (vanilla, "0.8", "a 'llama' model, whose tokens all run every layer; leave it out"),
+    ):
+        for arguments in (["perplexity", str(folder), str(text)], ["depth-map", str(folder), "the cat"]):
+            assert main([*arguments, "--compute", compute]) == 2
+            said = capsys.readouterr().err
+            assert said.startswith("varidepth: ") and said.count("\n") == 1 and message in said, said
 
 
 @pytest.fixture(scope="module")
