@@ -36,10 +36,10 @@ def main() -> None:
     tokenizer = train_tokenizer(train_texts, args.vocabulary)
     train, held = rows_of(tokenizer, train_texts), rows_of(tokenizer, held_texts)[: args.held_out_rows]
     print(f"{len(documents)} documents, {train.numel()} training tokens, {held.numel()} held-out tokens")
-    losses: dict[str, list[tuple[float, float]]] = {arm: [] for arm in ARMS}
+    losses: dict[str, list[tuple[float, float]]] = {arm: [] for arm in args.arms}
     for seed in args.seeds:
-        for arm, fields in ARMS.items():
-            model = train_model(fields, train, args, seed)
+        for arm in args.arms:
+            model = train_model(ARMS[arm], train, args, seed)
             losses[arm].append(measure(model, held, train[: args.calibration_rows]))
             topk, causal = losses[arm][-1]
             print(f"seed {seed} {arm:<10} top-k {topk:.4f} causal {causal:.4f}", flush=True)
@@ -126,13 +126,13 @@ def report(losses: dict[str, list[tuple[float, float]]], train: torch.Tensor, ar
         f"in every other layer; {args.steps} steps of {args.batch} x {LENGTH} tokens out of {train.numel()}; nats per "
         "token on held-out text.",
         "",
-        "| seed | " + " | ".join(f"{arm}{suffix}" for arm in ARMS for suffix in suffixes(arm)) + " |",
-        "|---|" + "---|" * sum(len(suffixes(arm)) for arm in ARMS),
+        "| seed | " + " | ".join(f"{arm}{suffix}" for arm in args.arms for suffix in suffixes(arm)) + " |",
+        "|---|" + "---|" * sum(len(suffixes(arm)) for arm in args.arms),
     ]
     for i, seed in enumerate(args.seeds):
-        cells = [f"{losses[arm][i][j]:.4f}" for arm in ARMS for j in range(len(suffixes(arm)))]
+        cells = [f"{losses[arm][i][j]:.4f}" for arm in args.arms for j in range(len(suffixes(arm)))]
         lines.append(f"| {seed} | " + " | ".join(cells) + " |")
-    for j, name in enumerate(("top-k", "causal rule")):
+    for j, name in enumerate(("top-k", "causal rule") if {"learned", "stochastic"} <= set(args.arms) else ()):
         gains = [b[j] - a[j] for a, b in zip(losses["learned"], losses["stochastic"], strict=True)]
         spread = f", standard deviation {statistics.stdev(gains):.4f}" if len(gains) > 1 else ""
         lines += ["", f"Learned routing ({name}) is better than stochastic by {statistics.fmean(gains):.4f}{spread}."]
@@ -148,6 +148,7 @@ def suffixes(arm: str) -> tuple[str, ...]:
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--text", nargs="*", help="text files (default: the pydoc topics)")
+    parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS))
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--steps", type=int, default=400)
     parser.add_argument("--batch", type=int, default=8)
