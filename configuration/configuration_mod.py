@@ -195,7 +195,7 @@ class MoDConfig(RoutedConfig):
 
     @capacities.setter
     def capacities(self, capacities: list[float]) -> None:
-        self.capacity = list(capacities)
+        self.capacity = capacities[0] if len(set(capacities)) == 1 else list(capacities)
 
     @property
     def routed_passes(self) -> list[RoutedPass]:

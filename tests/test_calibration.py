@@ -89,7 +89,7 @@ def test_another_compute_than_that_of_the_capacities():
     model, ids = build("mod-block"), rows()
     result = calibrate(model, ids.split(16), compute=0.9)
     assert result.compute == pytest.approx(0.9, abs=0.01) and spent(model, ids) == pytest.approx(0.9, abs=0.01)
-    assert model.config.capacities == [0.4] * 4
+    assert model.config.capacity == 0.4
 
 
 def test_agreement_with_top_k_is_that_of_the_report():
