@@ -4,8 +4,10 @@ import argparse
 import dataclasses
 import re
 import types
+from collections.abc import Iterable
 from typing import Any, get_args, get_origin
 
+from ..configuration.configuration_mod import GATES, MOD_ROUTINGS, ROUTING_UNITS, MoDConfig
 from ..configuration.configuration_mor import (
     BALANCINGS,
     GATINGS,
@@ -18,16 +20,24 @@ from ..configuration.configuration_mor import (
 )
 from ..conversion.convert import convert
 from ..conversion.layer_maps import INITIALISATIONS
-from ..conversion.recipe import ALIASES, ARCHITECTURES, DTYPES, MOR_FIELDS, ROUTER_INITS, Recipe, shipped_recipes
+from ..conversion.recipe import DTYPES, ROUTER_INITS, Recipe, shipped_recipes
+from ..conversion.recipe_fields import ALIASES, ALL_FIELDS, ARCHITECTURES, AUTO, CONFIGS, owners
 
 
+def _merged(*names: Iterable[str]) -> tuple[str, ...]:
+    return tuple(dict.fromkeys(name for group in names for name in group))
+
+
+# of all architectures; each refuses what it does not have
 _CHOICES = {
     "sharing": SHARINGS,
-    "routing": ROUTINGS,
+    "routing": _merged(ROUTINGS, MOD_ROUTINGS),
     "router_type": ROUTER_TYPES,
-    "router_activation": tuple(dict.fromkeys(name for names in ROUTER_ACTIVATIONS.values() for name in names)),
+    "router_activation": _merged(*ROUTER_ACTIVATIONS.values()),
     "gating": GATINGS,
-    "inference_rule": MoRConfig.inference_rules,
+    "gate": tuple(GATES),
+    "routing_unit": ROUTING_UNITS,
+    "inference_rule": _merged(MoRConfig.inference_rules, MoDConfig.inference_rules),
     "balancing": BALANCINGS,
     "kv_mode": KV_MODES,
 }
@@ -44,12 +54,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("-o", "--output", help="folder to make")
     parser.add_argument("--recipe", help=f"YAML file, or a shipped recipe: {', '.join(shipped_recipes())}")
     parser.add_argument("--to", choices=ARCHITECTURES, help="architecture (default: mor)")
-    parser.add_argument("--init", choices=INITIALISATIONS, help="how shared layers are made (default: stepwise)")
+    parser.add_argument("--init", choices=INITIALISATIONS, help="MoR: how shared layers are made (default: stepwise)")
+    parser.add_argument("--num-routed-layers", type=int, help="MoD: of `--routed-layers auto` (default: half of all)")
+    parser.add_argument("--calibration-text", help="MoD: file on which `auto` measures (default: the pydoc topics)")
     parser.add_argument("--router-init", choices=ROUTER_INITS, help="`on`: start at full depth (default)")
     parser.add_argument("--dtype", choices=DTYPES, help="type of the weights (default: that of the source)")
     parser.add_argument("--seed", type=int, help="of everything random (default: 0)")
     parser.add_argument(
-        "--drop-layers", action="store_true", default=None, help="drop layers where the depth does not divide"
+        "--drop-layers", action="store_true", default=None, help="MoR: drop layers where the depth does not divide"
     )
     parser.add_argument("--max-shard-size", help="largest weight file, such as 5GB (default)")
     parser.add_argument("--base-model", help="Hub id of the source for the model card")
@@ -57,20 +69,23 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dry-run", action="store_true", help="print the plan and write nothing")
     parser.add_argument("--overwrite", action="store_true", help="replace a checkpoint in the output folder")
     parser.add_argument("--quiet", action="store_true", help="print neither plan nor progress")
-    group = parser.add_argument_group("fields of MoRConfig")
-    descriptions = field_descriptions(MoRConfig.__doc__ or "")
-    for field, kind in MOR_FIELDS.items():
+    titles: dict[tuple[str, ...], str] = {
+        (name,): f"fields of a {config.__name__} (--to {name})" for name, config in CONFIGS.items()
+    }
+    titles[ARCHITECTURES] = "fields of both"
+    groups = {names: parser.add_argument_group(title) for names, title in reversed(titles.items())}
+    for field, kind in ALL_FIELDS.items():
         flags = [f"--{name.replace('_', '-')}" for name in (*_spellings(field), field)]
-        options = {"choices": _CHOICES[field]} if field in _CHOICES else _value_options(kind)
-        text = descriptions.get(field) or _HELP.get(field, "")
-        group.add_argument(*flags, dest=field, default=None, help=text.replace("%", "%%"), **options)
+        options = {"choices": _CHOICES[field]} if field in _CHOICES else _value_options(field, kind)
+        text = field_help(field).replace("%", "%%")
+        groups[tuple(owners(field))].add_argument(*flags, dest=field, default=None, help=text, **options)
 
 
 def run(args: argparse.Namespace) -> None:
     """Converts as the flags say."""
     if args.quiet:
         _silence()
-    names = {field.name for field in dataclasses.fields(Recipe)} - {"mor", "source", "revision"} | set(MOR_FIELDS)
+    names = {field.name for field in dataclasses.fields(Recipe)} - {"fields", "source", "revision"} | set(ALL_FIELDS)
     fields = {name: getattr(args, name) for name in sorted(names) if getattr(args, name) is not None}
     convert(
         args.source,
@@ -82,6 +97,18 @@ def run(args: argparse.Namespace) -> None:
         quiet=args.quiet and not args.dry_run,
         **fields,
     )
+
+
+def field_help(field: str) -> str:
+    """First sentence on a field in the documentation of each configuration that has it."""
+    sentences: dict[str, list[str]] = {}
+    for name in owners(field):
+        documented = [field_descriptions(c.__dict__.get("__doc__") or "").get(field) for c in CONFIGS[name].__mro__]
+        text = next((text for text in documented if text), _HELP.get(field, ""))
+        sentences.setdefault(text, []).append(CONFIGS[name].__name__.removesuffix("Config"))
+    if len(sentences) == 1:
+        return next(iter(sentences))
+    return " ".join(f"{', '.join(names)}: {text}" for text, names in sentences.items())
 
 
 def field_descriptions(docstring: str) -> dict[str, str]:
@@ -98,16 +125,36 @@ def _spellings(field: str) -> list[str]:
     return [alias for alias, name in ALIASES.items() if name == field]
 
 
-def _value_options(kind: Any) -> dict[str, Any]:
+def _value_options(field: str, kind: Any) -> dict[str, Any]:
     """Argparse options for an annotated field: `bool`, `int`, `float | int`, `list[float | int] | None`, `str` ..."""
     kinds = [k for k in _members(kind) if k is not type(None)]
-    if get_origin(kinds[0]) is list:
-        return {"nargs": "+", "type": float, "metavar": "NUMBER"}
+    lists = [k for k in kinds if get_origin(k) is list]
+    if field == "routed_layers":
+        return {"nargs": "+", "type": _layer, "metavar": "LAYER", "action": _OneOrMore}
+    if lists:
+        return {"nargs": "+", "type": float, "metavar": "NUMBER", "action": _OneOrMore if len(kinds) > 1 else "store"}
     if kinds == [bool]:
         return {"action": argparse.BooleanOptionalAction}
     if float in kinds:
         return {"type": float, "metavar": "NUMBER"}
     return {"type": kinds[0], "metavar": "INTEGER" if kinds[0] is int else "NAME"}
+
+
+class _OneOrMore(argparse.Action):
+    """One value as itself where the field takes it so, several as a list."""
+
+    def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
+        single = len(values) == 1 and not isinstance(values[0], int)
+        setattr(namespace, self.dest, values[0] if single else values)
+
+
+def _layer(text: str) -> int | str:
+    if text == AUTO:
+        return text
+    try:
+        return int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is neither the number of a layer nor {AUTO!r}") from None
 
 
 def _members(kind: Any) -> tuple[Any, ...]:

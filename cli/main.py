@@ -12,8 +12,8 @@ from typing import NoReturn
 
 # name -> (module in this package, help)
 COMMANDS = {
-    "convert": ("convert_command", "make a recursive model of a pretrained one"),
-    "unroll": ("unroll_command", "make a vanilla checkpoint of a recursive one, where that is exact"),
+    "convert": ("convert_command", "make a model with per-token depth of a pretrained one"),
+    "unroll": ("unroll_command", "make a vanilla checkpoint of a MoR or MoD, where that is exact"),
     "inspect": ("inspect_command", "show structure, parameters and costs of a checkpoint"),
     "depth-map": ("depth_map_command", "show the depth of every token of a text"),
     "calibrate": ("calibrate_command", "set the thresholds of the routers on a text"),

@@ -8,7 +8,7 @@ from ..conversion.unroll import unroll
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Source, output, and how to write."""
-    parser.add_argument("source", help="folder or Hub id of a MoR")
+    parser.add_argument("source", help="folder or Hub id of a MoR or MoD")
     parser.add_argument("-o", "--output", required=True, help="folder to make")
     parser.add_argument("--max-shard-size", default="5GB", help="largest weight file (default: 5GB)")
     parser.add_argument("--revision", help="branch, tag or commit of a Hub source")

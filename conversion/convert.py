@@ -1,4 +1,4 @@
-"""Conversion of a pretrained checkpoint to a MoR: source -> plan -> tensors -> folder."""
+"""Conversion of a pretrained checkpoint to a model with per-token depth: source -> plan -> tensors -> folder."""
 
 import sys
 from collections.abc import Mapping
@@ -6,11 +6,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from ..configuration.configuration_mor import MoRConfig
+from ..configuration.routed_config import RoutedConfig
 from ..model_cards.card import write_card
-from ..modeling.modeling_mor import MoRForCausalLM
 from ..modeling.remote_code import auto_map_of, export_remote_code
 from .checkpoint_writer import check_output, new_folder, write_json, write_weights
 from .companion_files import copy_companions
@@ -18,8 +15,13 @@ from .errors import ConversionError
 from .official_checkpoint import is_official, official_blueprint
 from .plan import ConversionPlan
 from .recipe import Recipe
+from .recipe_fields import CONFIGS
 from .source_checkpoint import check_tokenizer, open_source
-from .vanilla_to_mor import Blueprint, vanilla_blueprint
+from .vanilla_to_mod import mod_blueprint
+from .vanilla_to_mor import mor_blueprint
+
+
+_BLUEPRINTS = {"mor": mor_blueprint, "mod": mod_blueprint}
 
 
 @dataclass(frozen=True)
@@ -34,7 +36,7 @@ class ConversionResult:
 
     output: Path | None
     plan: ConversionPlan
-    config: MoRConfig
+    config: RoutedConfig
 
 
 def convert(
@@ -48,10 +50,11 @@ def convert(
     quiet: bool = False,
     **fields: Any,
 ) -> ConversionResult:
-    """Makes a recursive model of a pretrained one, one tensor in memory at a time.
+    """Makes a model with per-token depth of a pretrained one, one tensor in memory at a time.
 
-    Example:
+    Examples:
         >>> convert("HuggingFaceTB/SmolLM2-135M", "smol-mor", num_recursions=2, init="stepwise")
+        >>> convert("HuggingFaceTB/SmolLM2-135M", "smol-mod", to="mod", routed_layers="auto")
 
     Args:
         source (`str` or `Path`): folder, GGUF file or Hub id; None to take it from the recipe.
@@ -61,7 +64,7 @@ def convert(
         dry_run (`bool`): stop after the plan.
         overwrite (`bool`): replace a checkpoint that is in `output`.
         quiet (`bool`): neither print the plan (stdout) nor the progress (stderr).
-        fields: fields of `Recipe` and of `MoRConfig`, which go before those of `recipe`.
+        fields: fields of `Recipe` and of the configuration of its architecture, which go before those of `recipe`.
 
     Returns:
         `ConversionResult`
@@ -85,33 +88,32 @@ def convert(
         )  # a path of this machine has no place in what is published
     if target is not None:
         check_output(target, local, overwrite=overwrite)
-    checkpoint = open_source(where, revision=revision)
+    checkpoint = open_source(where, revision=revision, allowed=CONFIGS[settings.to].backbones)
     check_tokenizer(checkpoint)
     if local is None:
         settings = replace(settings, source=str(where), revision=checkpoint.revision)
     if is_official(checkpoint.weights):
-        settings = settings.for_official()
-        blueprint = official_blueprint(checkpoint, settings)
+        blueprint = official_blueprint(checkpoint, settings.for_official())
     else:
-        settings = settings.for_vanilla()
-        blueprint = vanilla_blueprint(checkpoint, settings)
-    check_targets(blueprint)
+        blueprint = _BLUEPRINTS[settings.to](checkpoint, settings.for_vanilla(), quiet=quiet)
+    blueprint.check_targets()
+    config = blueprint.model.config
     if not quiet:
         print(blueprint.plan.table(), flush=True)
     if dry_run or target is None:
-        return ConversionResult(None, blueprint.plan, blueprint.config)
+        return ConversionResult(None, blueprint.plan, config)
 
-    config = blueprint.config
-    config.architectures = [MoRForCausalLM.__name__]
-    config.auto_map = auto_map_of(MoRForCausalLM.remote_classes)
+    classes = blueprint.model.remote_classes
+    config.architectures = [type(blueprint.model).__name__]
+    config.auto_map = auto_map_of(classes)
     with new_folder(target, sum(tensor.nbytes for tensor in blueprint.targets), overwrite=overwrite) as folder:
-        write_weights(folder, blueprint.targets, settings.max_shard_bytes, quiet=quiet)
-        export_remote_code(folder, MoRForCausalLM.remote_classes)
+        write_weights(folder, blueprint.targets, blueprint.recipe.max_shard_bytes, quiet=quiet)
+        export_remote_code(folder, classes)
         config.save_pretrained(folder)
         copy_companions(checkpoint, folder)
-        (folder / "varidepth_recipe.yaml").write_text(settings.to_yaml(), encoding="utf-8")
+        (folder / "varidepth_recipe.yaml").write_text(blueprint.recipe.to_yaml(), encoding="utf-8")
         write_json(folder / "varidepth_plan.json", blueprint.plan.to_dict())
-        write_card(folder, checkpoint, settings, blueprint.plan, config)
+        write_card(folder, checkpoint, blueprint.recipe, blueprint.plan, config)
     if not quiet:
         print(f"wrote {target.name}", file=sys.stderr)
     return ConversionResult(target, blueprint.plan, config)
@@ -128,27 +130,3 @@ def resolve_recipe(recipe: Recipe | str | Path | Mapping[str, Any] | None, field
     elif isinstance(recipe, Mapping):
         recipe = Recipe.make(None, **{str(key): value for key, value in recipe.items()})
     return Recipe.make(recipe, **fields)
-
-
-def check_targets(blueprint: Blueprint) -> None:
-    """Compares the tensors to be written with what the new model holds, so that none is left random.
-
-    Raises:
-        ConversionError: at the first difference.
-    """
-    with torch.device("meta"):
-        model = MoRForCausalLM(blueprint.config)
-    expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-    if blueprint.config.tie_word_embeddings:
-        expected.pop("lm_head.weight", None)
-    planned = {target.name: target.shape for target in blueprint.targets}
-    for name in [*expected, *planned]:
-        if planned.get(name) != expected.get(name):
-            raise ConversionError(
-                f"The tensor {name} would have the shape {_shape(planned.get(name))}, but the new model needs "
-                f"{_shape(expected.get(name))}; the weights and config.json of the source are of different models."
-            )
-
-
-def _shape(shape: tuple[int, ...] | None) -> str:
-    return "nothing" if shape is None else str(list(shape))

@@ -6,13 +6,15 @@ from typing import Any
 
 import torch
 
-from ..configuration.backbone_config import BACKBONES
+from ..configuration.backbone_config import BACKBONES, MOE_BACKBONES
+from .body_tensors import common_dtype
 from .errors import ConversionError
-from .mor_tensors import routers_are_open
-from .plan import PlannedCost, expected_cost, figure, format_columns, full_depth_cost, spans
+from .plan import layer_roles, spans
+from .planned_cost import PlannedCost, cost_rows, expected_cost, figure, format_columns, full_depth_cost
+from .recipe_fields import ARCHITECTURES
+from .router_tensors import routers_are_open
 from .source_checkpoint import SourceCheckpoint, open_source
 from .tensor_source import read_json
-from .vanilla_to_mor import common_dtype
 
 
 @dataclass(frozen=True)
@@ -21,7 +23,7 @@ class CheckpointDescription:
     Attributes:
         name: Hub id or folder.
         structure: fields of the configuration that say what the model is.
-        layers: role and unrolled positions of each physical layer, for a MoR.
+        layers: role and unrolled positions of each physical layer, for a MoR or MoD.
         stored_parameters: elements in the weight files.
         dtype: the type that most of them have.
         full: cost when every token runs every layer.
@@ -43,8 +45,9 @@ class CheckpointDescription:
 
 _STRUCTURE = """
     model_type backbone num_hidden_layers num_physical_layers num_shared_layers num_recursions sharing routing
-    capacities router_type gating inference_rule router_thresholds kv_mode hidden_size num_attention_heads
-    num_key_value_heads vocab_size tie_word_embeddings
+    capacities routed_layers routing_unit router_type gating gate inference_rule router_thresholds compute
+    always_route_first num_noop_experts kv_mode hidden_size num_attention_heads num_key_value_heads vocab_size
+    tie_word_embeddings
 """.split()
 
 
@@ -61,21 +64,22 @@ def describe(source: str | Path, *, revision: str | None = None, context: int = 
     """
     if context < 1:
         raise ConversionError(f"`context` is {context}, but must be at least 1.")
-    checkpoint = open_source(source, revision=revision, allowed=("mor", *BACKBONES))
+    checkpoint = open_source(source, revision=revision, allowed=(*ARCHITECTURES, *BACKBONES, *MOE_BACKBONES))
     config: Any = checkpoint.config
-    recursive = config.model_type == "mor"
+    deepens = config.model_type in ARCHITECTURES
+    routed = deepens and not all(routed_pass.always for routed_pass in config.routed_passes)
     dtype = common_dtype(checkpoint.weights)
     structure = {name: getattr(config, name) for name in _STRUCTURE if getattr(config, name, None) is not None}
     plan = checkpoint.folder / "varidepth_plan.json"
     return CheckpointDescription(
         name=checkpoint.name,
         structure=structure,
-        layers=_layers(config) if recursive else [],
+        layers=_layers(config) if deepens else [],
         stored_parameters=sum(torch.Size(info.shape).numel() for info in checkpoint.weights.infos.values()),
         dtype=str(dtype).removeprefix("torch."),
         full=full_depth_cost(config, dtype.itemsize, context),
-        expected=expected_cost(config, dtype.itemsize, context) if recursive and config.routing != "none" else None,
-        routers=_router_state(checkpoint) if recursive and config.routing != "none" else None,
+        expected=expected_cost(config, dtype.itemsize, context) if routed else None,
+        routers=_router_state(checkpoint) if deepens and config.num_routers else None,
         plan=read_json(plan) if plan.is_file() else None,
     )
 
@@ -88,21 +92,11 @@ def report(description: CheckpointDescription) -> str:
     if description.routers:
         lines.append(f"{'routers'.ljust(width)}  {description.routers}")
     if description.layers:
-        rows = [("layer", "role", "applied at depth")]
-        rows += [(str(layer), role, spans(tuple(positions))) for layer, role, positions in description.layers]
-        lines += ["", *format_columns(rows)]
+        lines += ["", *format_columns(_layer_rows(description.layers))]
     models = [("full depth", description.full)]
     if description.expected is not None:
         models.append(("at the capacities", description.expected))
-    costs = [("", *(name for name, _ in models))]
-    for label, attribute in (
-        ("parameters", "parameters"),
-        ("without embedding and head", "non_embedding"),
-        ("layers per token", "layers_per_token"),
-        (f"FLOPs per token at {description.full.context}", "flops_per_token"),
-        (f"KV bytes per token ({description.dtype})", "kv_bytes_per_token"),
-    ):
-        costs.append((label, *(figure(getattr(cost, attribute)) for _, cost in models)))
+    costs = cost_rows(models, f" ({description.dtype})")
     costs.append(("stored numbers", figure(description.stored_parameters), *[""] * (len(models) - 1)))
     lines += ["", *format_columns(costs)]
     if description.plan is not None:
@@ -111,23 +105,22 @@ def report(description: CheckpointDescription) -> str:
 
 
 def _layers(config: Any) -> list[tuple[int, str, list[int]]]:
-    first, last = config.prelude_layers, config.num_physical_layers - config.coda_layers
-    rows = []
-    for layer in range(config.num_physical_layers):
-        role = "prelude" if layer < first else "coda" if layer >= last else "shared"
-        rows.append((layer, role, [i for i, physical in enumerate(config.physical_layers) if physical == layer]))
-    return rows
+    physical_layers = getattr(config, "physical_layers", range(config.num_hidden_layers))
+    return [
+        (layer, role, [i for i, physical in enumerate(physical_layers) if physical == layer])
+        for layer, role in enumerate(layer_roles(config))
+    ]
+
+
+def _layer_rows(layers: list[tuple[int, str, list[int]]]) -> list[tuple[str, ...]]:
+    """A row for each layer, or where all stand in their own place for each role."""
+    if any(positions != [layer] for layer, _, positions in layers):
+        rows = [(str(layer), role, spans(positions)) for layer, role, positions in layers]
+        return [("layer", "role", "applied at depth"), *rows]
+    roles = dict.fromkeys(role for _, role, _ in layers)
+    return [("role", "layers"), *((role, spans([i for i, other, _ in layers if other == role])) for role in roles)]
 
 
 def _router_state(checkpoint: SourceCheckpoint) -> str:
-    weights = checkpoint.weights
-
-    def read(name: str) -> torch.Tensor | None:
-        return weights.read(name) if name in weights.infos else None
-
-    weight = read("model.routers.weight")
-    if weight is None:
-        raise ConversionError("The weights lack model.routers.weight; the checkpoint is incomplete.")
-    config: Any = checkpoint.config
-    is_open = routers_are_open(config, weight, read("model.routers.bias"), read("model.balancing_bias"))
+    is_open = routers_are_open(checkpoint.config, checkpoint.weights)
     return "let every token through (untrained)" if is_open else "decide per token"

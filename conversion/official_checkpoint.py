@@ -12,14 +12,17 @@ from typing import Any
 import torch
 
 from ..configuration.configuration_mor import MoRConfig
+from ..modeling.modeling_mor import MoRForCausalLM
+from .blueprint import Blueprint, empty_model, make_config
+from .body_tensors import common_dtype, copy_of
 from .checkpoint_writer import TargetTensor
 from .errors import ConversionError
-from .mor_tensors import ROUTER_DTYPE, buffers
-from .plan import ConversionPlan, PlannedLayer, expected_cost, full_depth_cost
+from .plan import ConversionPlan, PlannedLayer
+from .planned_cost import expected_cost, full_depth_cost
 from .recipe import DTYPES, Recipe
+from .router_tensors import ROUTER_DTYPE, fresh_buffers
 from .source_checkpoint import SourceCheckpoint
 from .tensor_source import TensorSource
-from .vanilla_to_mor import Blueprint, common_dtype, copy_of, make_config
 
 
 _BLOCK = re.compile(r"^model\.layers\.(\d+)\.block\.(\d+)\.(.+)$")
@@ -81,9 +84,9 @@ def official_blueprint(source: SourceCheckpoint, recipe: Recipe) -> Blueprint:
     if layout.bias:
         found["balancing"] = "loss_free"
     for field, value in found.items():
-        if field in recipe.mor and recipe.mor[field] != value:
+        if field in recipe.fields and recipe.fields[field] != value:
             raise ConversionError(
-                f"`{field}` is {recipe.mor[field]!r}, but the official checkpoint has {value!r}; leave it out."
+                f"`{field}` is {recipe.fields[field]!r}, but the official checkpoint has {value!r}; leave it out."
             )
     physical = shared_layers + (2 if middle else 0)
     depth = shared_layers * recursions + (2 if middle else 0)
@@ -92,7 +95,7 @@ def official_blueprint(source: SourceCheckpoint, recipe: Recipe) -> Blueprint:
             source.config,
             source_layers=[0] * physical,
             num_hidden_layers=depth,
-            **{**recipe.mor, **found},
+            **{**recipe.fields, **found},
         )
     )
     dtype = DTYPES[recipe.dtype] if recipe.dtype else common_dtype(weights)
@@ -100,7 +103,8 @@ def official_blueprint(source: SourceCheckpoint, recipe: Recipe) -> Blueprint:
     tied = _tied(source, layout)
     config.tie_word_embeddings = tied
     targets, rows = _targets(weights, layout, config, recursions, DTYPES[recipe.dtype] if recipe.dtype else None, tied)
-    fresh = [t for t in buffers(config) if t.name not in {target.name for target in targets}]
+    model = empty_model(MoRForCausalLM, config)
+    fresh = [t for t in fresh_buffers(model) if t.name not in {target.name for target in targets}]
     plan = ConversionPlan(
         source=source.name,
         backbone=config.backbone,
@@ -116,7 +120,7 @@ def official_blueprint(source: SourceCheckpoint, recipe: Recipe) -> Blueprint:
         bytes_per_value=dtype.itemsize,
         notes=("an official MoR checkpoint: its shared copies are equal and are stored once.",),
     )
-    return Blueprint(config, plan, targets + fresh)
+    return Blueprint(model, plan, recipe, targets + fresh)
 
 
 def _read_layout(weights: TensorSource) -> _Layout:

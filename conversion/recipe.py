@@ -4,58 +4,49 @@ import dataclasses
 import difflib
 from importlib.resources import files
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import torch
 import yaml
-from huggingface_hub.dataclasses import type_validator
 
-from ..configuration.backbone_config import BackboneConfig
-from ..configuration.configuration_mor import MoRConfig
 from .errors import ConversionError
 from .layer_maps import INITIALISATIONS
+from .recipe_fields import ALIASES, ALL_FIELDS, ARCHITECTURES, AUTO, WITHOUT_ROUTERS, checked_value, misplaced
 
 
-ARCHITECTURES = ("mor",)
 ROUTER_INITS = ("on", "random")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-ALIASES = {"recursions": "num_recursions"}  # other spellings of a field, as a key and as a flag
-_VANILLA_DEFAULTS: dict[str, Any] = {"init": "stepwise", "seed": 0, "drop_layers": False}
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
-
-# the fields of MoRConfig that a recipe may set; the depth follows from the source
-MOR_FIELDS = {
-    field.name: field.type
-    for field in dataclasses.fields(MoRConfig)
-    if field.name not in {f.name for f in dataclasses.fields(BackboneConfig)}
+# settings that only one architecture has, with the default for a vanilla source
+_OWN_SETTINGS: dict[str, dict[str, Any]] = {
+    "mor": {"init": "stepwise", "drop_layers": False},
+    "mod": {"num_routed_layers": None, "calibration_text": None},
 }
-
-
-# those that say nothing without routers
-ROUTING_FIELDS = tuple(
-    sorted(MOR_FIELDS.keys() - {"num_recursions", "sharing", "prelude_layers", "coda_layers", "routing", "kv_mode"})
-)
 
 
 @dataclasses.dataclass(frozen=True)
 class Recipe:
     """
     Args:
-        to (`str`): architecture to make; `mor`.
+        to (`str`): architecture to make; `mor` or `mod`.
         init (`str`, *optional*):
-            How the shared layers are made of the source's, one of `INITIALISATIONS`; `stepwise` by default.
+            MoR: how the shared layers are made of the source's, one of `INITIALISATIONS`; `stepwise` by default.
         seed (`int`, *optional*): of everything random, `init: random` and fresh router weights; 0 by default.
         dtype (`str`, *optional*): type of the weights; that of the source by default.
         drop_layers (`bool`, *optional*):
-            Drop source layers where the depth does not divide (the official code), instead of keeping them unique.
+            MoR: drop source layers where the depth does not divide (the official code), instead of keeping them
+            unique.
+        num_routed_layers (`int`, *optional*): MoD: how many layers `routed_layers: auto` chooses; half by default.
+        calibration_text (`str`, *optional*):
+            MoD: file on which `routed_layers: auto` measures; the `pydoc` topics by default.
         router_init (`str`, *optional*):
-            `on` (default): zero weights and a bias that lets every token through, which needs `gating: interpolate` to
-            be exact; `random`: N(0, initializer_range) and the gating of the paper.
+            `on` (default): routers that let every token through with a gate of exactly 1; `random`:
+            N(0, initializer_range) and the gate of the paper.
         max_shard_size (`str`): largest weight file, such as "5GB".
         base_model (`str`, *optional*): Hub id of the source for the model card, where the source is a local copy.
         source (`str`, *optional*): what to convert, where neither flag nor argument says so.
         revision (`str`, *optional*): branch, tag or commit of a Hub source.
-        mor (`dict`): fields of `MoRConfig`.
+        fields (`dict`): fields of the architecture's configuration; `routed_layers` may be `auto`.
     """
 
     to: str = "mor"
@@ -63,12 +54,14 @@ class Recipe:
     seed: int | None = None
     dtype: str | None = None
     drop_layers: bool | None = None
+    num_routed_layers: int | None = None
+    calibration_text: str | None = None
     router_init: str | None = None
     max_shard_size: str = "5GB"
     base_model: str | None = None
     source: str | None = None
     revision: str | None = None
-    mor: dict[str, Any] = dataclasses.field(default_factory=dict)
+    fields: dict[str, Any] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self):
         for field, allowed in (
@@ -80,19 +73,26 @@ class Recipe:
             if getattr(self, field) not in allowed:
                 names = ", ".join(repr(value) for value in allowed if value is not None)
                 raise ConversionError(f"`{field}` is {getattr(self, field)!r}, but must be one of {names}.")
-        if self.seed is not None:
-            _check_type("seed", self.seed, int)
-        if self.drop_layers is not None:
-            _check_type("drop_layers", self.drop_layers, bool)
-        for field in ("base_model", "source", "revision"):
-            if getattr(self, field) is not None:
-                _check_type(field, getattr(self, field), str)
-        for field, value in self.mor.items():
-            try:
-                type_validator(field, value, MOR_FIELDS[field])
-            except TypeError as error:
-                kind = str(MOR_FIELDS[field]).removeprefix("<class '").removesuffix("'>")
-                raise ConversionError(f"`{field}` is {value!r}, but must be of type {kind}.") from error
+        for owner, settings in _OWN_SETTINGS.items():
+            for field in settings:
+                if owner != self.to and getattr(self, field) is not None:
+                    raise misplaced(field, getattr(self, field), self.to, [owner])
+        for kind, names in (
+            (int, ("seed", "num_routed_layers")),
+            (bool, ("drop_layers",)),
+            (str, ("base_model", "source", "revision", "calibration_text")),
+        ):
+            for field in names:
+                if getattr(self, field) is not None:
+                    _check_type(field, getattr(self, field), kind)
+        object.__setattr__(self, "fields", {k: checked_value(self.to, k, v) for k, v in self.fields.items()})
+        if self.fields.get("routed_layers") != AUTO:
+            for field in ("num_routed_layers", "calibration_text"):
+                if getattr(self, field) is not None:
+                    raise ConversionError(
+                        f"`{field}` is {getattr(self, field)!r}, but only `routed_layers: auto` measures layers; "
+                        "add `--routed-layers auto` or leave it out."
+                    )
         self.max_shard_bytes  # noqa: B018  refuses a size that cannot be read
 
     @property
@@ -110,21 +110,32 @@ class Recipe:
             )
         return int(size)
 
+    def with_fields(self, **fields: Any) -> "Recipe":
+        """The recipe with fields of the architecture laid over it."""
+        return dataclasses.replace(self, fields={**self.fields, **fields})
+
+    def with_chosen_layers(self, layers: list[int]) -> "Recipe":
+        """The recipe with the layers that `auto` stood for; nothing of the measurement, whose text may be local."""
+        chosen = {**self.fields, "routed_layers": layers}
+        return dataclasses.replace(self, num_routed_layers=None, calibration_text=None, fields=chosen)
+
     def for_vanilla(self) -> "Recipe":
-        """The recipe with the defaults for a vanilla source filled in.
+        """The recipe with the settings for a vanilla source filled in.
 
         Raises:
             ConversionError: if it sets up routers that its routing does not have.
         """
-        unset: dict[str, Any] = {key: value for key, value in _VANILLA_DEFAULTS.items() if getattr(self, key) is None}
-        if self.mor.get("routing") != "none":
+        defaults = {"seed": 0, **_OWN_SETTINGS[self.to]}
+        unset: dict[str, Any] = {key: value for key, value in defaults.items() if getattr(self, key) is None}
+        without_routers, general = WITHOUT_ROUTERS[self.to]
+        if self.fields.get("routing") != without_routers:
             return dataclasses.replace(self, **unset, router_init=self.router_init or "on")
-        given = ["router_init"] if self.router_init == "random" else []
-        given += [field for field in ROUTING_FIELDS if self.mor.get(field) is not None]
-        if given:
-            value = self.router_init if given[0] == "router_init" else self.mor[given[0]]
+        given = {"router_init": "random"} if self.router_init == "random" else {}
+        given |= {field: value for field, value in sorted(self.fields.items()) if field not in general}
+        for field, value in given.items():
             raise ConversionError(
-                f"`{given[0]}` is {value!r}, but routing='none' has no router; leave it out or choose another routing."
+                f"`{field}` is {value!r}, but routing={without_routers!r} has no router; leave it out or choose "
+                "another routing."
             )
         return dataclasses.replace(self, **unset, router_init=None)
 
@@ -132,9 +143,14 @@ class Recipe:
         """The recipe for an official MoR checkpoint, whose layers and routers are taken as they are.
 
         Raises:
-            ConversionError: if it says how layers or routers are to be made.
+            ConversionError: if it makes something else, or says how layers or routers are to be made.
         """
-        for field in (*_VANILLA_DEFAULTS, "router_init"):
+        if self.to != "mor":
+            raise ConversionError(
+                f"`to` is {self.to!r}, but the source is an official MoR checkpoint; use `--to mor`, or give a "
+                "vanilla source."
+            )
+        for field in ("init", "seed", "drop_layers", "router_init"):
             if getattr(self, field) is not None:
                 raise ConversionError(
                     f"`{field}` is {getattr(self, field)!r}, but the layers and routers of an official MoR checkpoint "
@@ -147,10 +163,10 @@ class Recipe:
         """A recipe from flat keyword arguments; `None` leaves the value of `base`, or the default.
 
         Raises:
-            ConversionError: for a key that neither a recipe nor `MoRConfig` has, and a value that is not allowed.
+            ConversionError: for a key that neither a recipe nor its architecture has, and a value that is not allowed.
         """
-        own = {field.name for field in dataclasses.fields(cls)} - {"mor"}
-        known = own | set(MOR_FIELDS)
+        own = {field.name for field in dataclasses.fields(cls)} - {"fields"}
+        known = own | set(ALL_FIELDS)
         spelt: dict[str, Any] = {}
         for key, value in fields.items():
             name = ALIASES.get(key.replace("-", "_"), key.replace("-", "_"))
@@ -162,14 +178,14 @@ class Recipe:
                 guess = difflib.get_close_matches(str(key), known, n=1)
                 hint = f"did you mean `{guess[0]}`?" if guess else f"known are {', '.join(sorted(known))}."
                 raise ConversionError(f"`{key}` is no field of a recipe; {hint}")
-        given = {key: value for key, value in spelt.items() if value is not None}
+        given: dict[str, Any] = {k: str(v) if isinstance(v, Path) else v for k, v in spelt.items() if v is not None}
         settings = {key: value for key, value in given.items() if key in own}
         if settings.get("router_init") is True:  # YAML reads a bare `on` as true
             settings["router_init"] = "on"
-        mor = {key: _number(value, MOR_FIELDS[key]) for key, value in given.items() if key in MOR_FIELDS}
+        laid_over = {key: value for key, value in given.items() if key not in own}
         if base is not None:
-            return dataclasses.replace(base, **settings, mor={**base.mor, **mor})
-        return cls(**settings, mor=mor)
+            return dataclasses.replace(base, **settings, fields={**base.fields, **laid_over})
+        return cls(**settings, fields=laid_over)
 
     @classmethod
     def load(cls, path: str | Path) -> "Recipe":
@@ -202,8 +218,8 @@ class Recipe:
 
     def to_dict(self) -> dict[str, Any]:
         """Flat, as in YAML; what is not set is left out."""
-        own = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name != "mor"}
-        return {key: value for key, value in {**own, **self.mor}.items() if value is not None}
+        own = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name != "fields"}
+        return {key: value for key, value in {**own, **self.fields}.items() if value is not None}
 
     def to_yaml(self) -> str:
         """The recipe as a YAML file that `load` reads back."""
@@ -218,13 +234,3 @@ def shipped_recipes() -> list[str]:
 def _check_type(field: str, value: Any, kind: type) -> None:
     if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
         raise ConversionError(f"`{field}` is {value!r}, but must be of type {kind.__name__}.")
-
-
-def _number(value: Any, kind: Any) -> Any:
-    """YAML reads 1e-3 as text; where the field is a number it is one."""
-    if isinstance(value, str) and float in get_args(kind):
-        try:
-            return float(value)
-        except ValueError:
-            return value
-    return value

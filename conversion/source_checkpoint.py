@@ -22,9 +22,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.configuration_utils import PreTrainedConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from ..configuration.backbone_config import BACKBONES
 from .checkpoint_files import TERMS, TOKENIZER_FILES
 from .errors import ConversionError
+from .expert_layout import stack_experts
+from .recipe_fields import CONFIGS
 from .tensor_source import TensorSource, open_weights, read_json
 
 
@@ -68,9 +69,7 @@ class SourceCheckpoint:
         return [self.folder / name for name in TOKENIZER_FILES if (self.folder / name).is_file()]
 
 
-def open_source(
-    source: str | Path, *, revision: str | None = None, allowed: tuple[str, ...] = BACKBONES
-) -> SourceCheckpoint:
+def open_source(source: str | Path, *, revision: str | None = None, allowed: tuple[str, ...]) -> SourceCheckpoint:
     """Opens a checkpoint folder, a GGUF file or a Hub repository.
 
     Args:
@@ -148,9 +147,10 @@ def _read_config(raw: Mapping[str, Any], allowed: tuple[str, ...]) -> PreTrained
     model_type = raw.get("model_type")
     if model_type is None:
         raise ConversionError("config.json has no `model_type`; give a checkpoint in the Hugging Face format.")
-    if model_type == "mor" and "mor" not in allowed:
+    if model_type in CONFIGS and model_type not in allowed:
         raise ConversionError(
-            "The source is a MoR already; convert its vanilla source, or `varidepth unroll` it first."
+            f"The source is a {CONFIGS[model_type].__name__.removesuffix('Config')} already; convert its vanilla "
+            "source, or `varidepth unroll` it first."
         )
     if model_type not in allowed:
         raise ConversionError(
@@ -228,7 +228,7 @@ def vanilla_weights(source: SourceCheckpoint) -> TensorSource:
     names = {name: name for name in source.weights.infos if not _BUFFERS.search(name)}
     if names and not any(name.startswith("model.") for name in names):  # saved from the bare model
         names = {name: name if name in expected else f"model.{name}" for name in names}
-    weights = source.weights.rename(names)
+    weights = stack_experts(source.weights.rename(names), source.config.model_type)
     if tied:
         expected.pop("lm_head.weight", None)
         if "lm_head.weight" in weights.infos and "model.embed_tokens.weight" in weights.infos:

@@ -2,7 +2,7 @@
 
 import json
 import pickle
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath, PureWindowsPath
@@ -15,6 +15,7 @@ from .errors import ConversionError
 
 
 FLOAT_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+_READABLE = {**FLOAT_DTYPES, "I64": torch.int64}
 _COMPARE_ELEMENTS = 1 << 20
 
 
@@ -49,7 +50,11 @@ class TensorSource:
 
     def rename(self, names: Mapping[str, str]) -> "TensorSource":
         """The same tensors under other names (old name -> new name); those not mentioned are left out."""
-        return _Renamed(self, {new: old for old, new in names.items()})
+        return self.view({new: old for old, new in names.items()})
+
+    def view(self, old_names: Mapping[str, str]) -> "TensorSource":
+        """The same tensors under new names (new name -> old name), some perhaps more than once."""
+        return _Renamed(self, dict(old_names))
 
     def equal(self, first: str, second: str) -> bool:
         """Whether two tensors are equal bit for bit; reads both in pieces."""
@@ -82,8 +87,8 @@ class SafetensorsSource(TensorSource):
             with self._open(file) as shard:
                 for name in shard.keys():
                     view = shard.get_slice(name)
-                    dtype = FLOAT_DTYPES.get(view.get_dtype())
-                    if dtype is None:
+                    dtype = _READABLE.get(view.get_dtype())
+                    if dtype is None or not _is_weight_or_counter(dtype, view.get_shape()):
                         raise ConversionError(_not_a_float(name, file, view.get_dtype()))
                     _add(self.infos, name, TensorInfo(tuple(view.get_shape()), dtype, file))
         _check_weight_map(self.infos, weight_map)
@@ -115,7 +120,7 @@ class PickleSource(TensorSource):
         self.infos = {}
         for file in files:
             for name, tensor in self._shard(file).items():
-                if tensor.dtype not in FLOAT_DTYPES.values():
+                if not _is_weight_or_counter(tensor.dtype, tensor.shape):
                     raise ConversionError(_not_a_float(name, file, str(tensor.dtype)))
                 _add(self.infos, name, TensorInfo(tuple(tensor.shape), tensor.dtype, file))
         _check_weight_map(self.infos, weight_map)
@@ -220,6 +225,11 @@ def _check_weight_map(infos: dict[str, TensorInfo], weight_map: dict[str, str] |
             raise ConversionError(
                 f"The index says that {file} holds the tensor {name}, but it does not; download both."
             )
+
+
+def _is_weight_or_counter(dtype: torch.dtype, shape: Sequence[int]) -> bool:
+    """A routed model counts the steps of its warm-up in a scalar."""
+    return dtype in FLOAT_DTYPES.values() or (dtype == torch.int64 and not shape)
 
 
 def _not_a_float(name: str, file: str, dtype: str) -> str:

@@ -9,16 +9,18 @@ from transformers.configuration_utils import PreTrainedConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from ..configuration.backbone_config import family_fields
-from ..configuration.configuration_mor import MoRConfig
+from ..configuration.routed_config import RoutedConfig
 from ..model_cards.card import write_unrolled_card
-from .checkpoint_writer import TargetTensor, check_output, new_folder, write_weights
+from .body_tensors import LAYER_NAME, common_dtype, copy_of
+from .checkpoint_writer import check_output, new_folder, write_weights
 from .companion_files import copy_companions
 from .errors import ConversionError
-from .mor_tensors import routers_are_open
+from .expert_layout import split_experts
 from .recipe import Recipe
+from .recipe_fields import ARCHITECTURES
+from .router_tensors import ROUTING_PREFIXES, routers_are_open
 from .source_checkpoint import check_tensors, open_source
 from .tensor_source import TensorSource
-from .vanilla_to_mor import LAYER_NAME, common_dtype, copy_of
 
 
 def unroll(
@@ -30,13 +32,13 @@ def unroll(
     overwrite: bool = False,
     quiet: bool = False,
 ) -> PreTrainedConfig:
-    """Writes every repetition of a shared layer as a layer of its own.
+    """Writes every layer, and every repetition of a shared one, as a layer of its own.
 
-    That is exact where every token runs every recursion: without routing, or while the routers still let everything
-    through as conversion left them (zero weights, a gate of exactly 1).
+    That is exact where every token runs everything: without routing, at a capacity of 1, or while the routers still
+    let everything through as conversion left them (zero weights, a gate of exactly 1).
 
     Args:
-        source (`str` or `Path`): folder or Hub id of a MoR.
+        source (`str` or `Path`): folder or Hub id of a MoR or MoD.
         output (`str` or `Path`): folder to make; it appears only when it is complete.
         revision (`str`, *optional*): of a Hub source.
         max_shard_size (`str`): largest weight file.
@@ -52,20 +54,22 @@ def unroll(
     target = Path(output)
     limit = Recipe(max_shard_size=max_shard_size).max_shard_bytes
     check_output(target, Path(source) if Path(source).exists() else None, overwrite=overwrite)
-    checkpoint = open_source(source, revision=revision, allowed=("mor",))
+    checkpoint = open_source(source, revision=revision, allowed=ARCHITECTURES)
     config: Any = checkpoint.config
     weights = checkpoint.weights
     refuse_inexact(config, weights)
     vanilla = vanilla_config(config)
     vanilla.dtype = common_dtype(weights)
-    targets = _repeated(config, weights)
+    weights = weights.view(_vanilla_names(config, weights))
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(vanilla)
     expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     if vanilla.tie_word_embeddings:
         expected.pop("lm_head.weight", None)
-        targets = [tensor for tensor in targets if tensor.name != "lm_head.weight"]
-    check_tensors(TensorSource({t.name: torch.empty(t.shape, device="meta") for t in targets}), expected)
+        weights = weights.rename({name: name for name in weights.infos if name != "lm_head.weight"})
+    check_tensors(weights, expected)
+    weights = split_experts(weights, config.backbone)
+    targets = [copy_of(weights, name, name, None) for name in weights.infos]
     vanilla.architectures = [type(model).__name__]
     with new_folder(target, sum(tensor.nbytes for tensor in targets), overwrite=overwrite) as folder:
         write_weights(folder, targets, limit, quiet=quiet)
@@ -75,41 +79,44 @@ def unroll(
     return vanilla
 
 
-def refuse_inexact(config: MoRConfig, weights: TensorSource) -> None:
-    """Refuses a model that does not send every token through every recursion.
+def refuse_inexact(config: Any, weights: TensorSource) -> None:
+    """Refuses a model that does not send every token through everything.
 
     Raises:
         ConversionError: with the reason.
     """
-    if config.kv_mode == "shared" and config.num_recursions > 1:
-        raise ConversionError(
-            "The model cannot be unrolled: with kv_mode='shared' deeper recursions read the keys and values of the "
-            "first one, which no vanilla model does."
+    reason = None
+    if getattr(config, "kv_mode", None) == "shared" and config.num_recursions > 1:
+        reason = (
+            "with kv_mode='shared' deeper recursions read the keys and values of the first one, which no vanilla "
+            "model does"
         )
-    if config.routing == "none":
-        return
-    if config.gating != "interpolate":
-        raise ConversionError(
-            f"The model cannot be unrolled: its gate is {config.gating!r}, and only routing='none' or a gate of "
-            "'interpolate' at exactly 1 computes what a vanilla model does."
-        )
-    if config.inference_rule == "topk" and min(config.capacities or [1.0]) < 1:
-        raise ConversionError("The model cannot be unrolled: with inference_rule='topk' tokens leave by their rank.")
-    balancing = weights.read("model.balancing_bias") if "model.balancing_bias" in weights.infos else None
-    groups = ["routers"] + (["predictors"] if config.inference_rule == "predictor" else [])
-    for group in groups:
-        names = (f"model.{group}.weight", f"model.{group}.bias")
-        if names[0] not in weights.infos:
-            raise ConversionError(f"The weights lack {names[0]}; the checkpoint is incomplete.")
-        bias = weights.read(names[1]) if names[1] in weights.infos else None
-        if not routers_are_open(config, weights.read(names[0]), bias, balancing):
-            raise ConversionError(
-                "The model cannot be unrolled: its routers have learned to treat tokens differently, and a vanilla "
-                "model treats all alike."
-            )
+    elif getattr(config, "num_noop_experts", 0):
+        reason = "it has experts without effect (`num_noop_experts`), which no vanilla model has"
+    elif not routers_are_open(config, weights):
+        reason = _why_not_open(config)
+    if reason is not None:
+        raise ConversionError(f"The model cannot be unrolled: {reason}.")
 
 
-def vanilla_config(config: MoRConfig) -> PreTrainedConfig:
+def _why_not_open(config: Any) -> str:
+    if not config.num_routers:
+        return f"with routing={config.routing!r} tokens leave at random"
+    # of a MoR and of a MoD
+    gate, exact = (
+        (config.gating, ("interpolate",))
+        if config.model_type == "mor"
+        else (config.gate, ("straight_through", "one_plus_tanh"))
+    )
+    if gate not in exact:
+        allowed = " or ".join(map(repr, exact))
+        return f"its gate is {gate!r}, and only one that is exactly 1 ({allowed}) changes nothing"
+    if config.inference_rule == "topk" and not all(routed_pass.always for routed_pass in config.routed_passes):
+        return "with inference_rule='topk' tokens leave by their rank"
+    return "its routers have learned to treat tokens differently, and a vanilla model treats all alike"
+
+
+def vanilla_config(config: RoutedConfig) -> PreTrainedConfig:
     """The family's configuration of the unrolled depth; every repetition has the attention type of its layer."""
     metadata = ("bos_token_id", "eos_token_id", "pad_token_id", "tie_word_embeddings")
     values = config.to_dict()
@@ -118,20 +125,18 @@ def vanilla_config(config: MoRConfig) -> PreTrainedConfig:
     return CONFIG_MAPPING[config.backbone](**{**fields, "num_hidden_layers": config.num_hidden_layers})
 
 
-def _repeated(config: MoRConfig, weights: TensorSource) -> list[TargetTensor]:
+def _vanilla_names(config: Any, weights: TensorSource) -> dict[str, str]:
+    """New name -> name in the checkpoint, for all but the routing's own tensors, in the order of the model."""
+    physical_layers = getattr(config, "physical_layers", range(config.num_hidden_layers))
     parts: dict[int, list[str]] = {}
     outer = []
     for name in weights.infos:
         if match := LAYER_NAME.match(name):
             parts.setdefault(int(match[1]), []).append(match[2])
-        elif not name.startswith(
-            ("model.routers.", "model.predictors.", "model.balancing_bias", "model.routing_step")
-        ):
+        elif not name.startswith(ROUTING_PREFIXES):
             outer.append(name)
-    targets = [copy_of(weights, name, name, None) for name in outer if "embed" in name]
-    for layer, physical in enumerate(config.physical_layers):
-        targets += [
-            copy_of(weights, f"model.layers.{layer}.{part}", f"model.layers.{physical}.{part}", None)
-            for part in parts.get(physical, [])
-        ]
-    return targets + [copy_of(weights, name, name, None) for name in outer if "embed" not in name]
+    names = {name: name for name in outer if "embed" in name}
+    for layer, physical in enumerate(physical_layers):
+        for part in parts.get(physical, []):
+            names[f"model.layers.{layer}.{part}"] = f"model.layers.{physical}.{part}"
+    return names | {name: name for name in outer}

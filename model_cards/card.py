@@ -1,14 +1,15 @@
 """Model cards: templates filled with what a conversion knows, and metadata that the Hub accepts."""
 
+from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
 from string import Template
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from huggingface_hub import ModelCard, ModelCardData
 from transformers.configuration_utils import PreTrainedConfig
 
-from ..configuration.configuration_mor import MoRConfig
+from ..configuration.routed_config import RoutedConfig
 
 
 if TYPE_CHECKING:
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
 
 
 def write_card(
-    folder: Path, source: "SourceCheckpoint", recipe: "Recipe", plan: "ConversionPlan", config: MoRConfig
+    folder: Path, source: "SourceCheckpoint", recipe: "Recipe", plan: "ConversionPlan", config: RoutedConfig
 ) -> None:
     """Writes the README.md of a converted checkpoint.
 
@@ -30,32 +31,109 @@ def write_card(
         config (`MoRConfig`): of the new model.
     """
     base_model = recipe.base_model or source.base_model
-    tags = ["custom_code", "varidepth", "mixture-of-recursions", config.backbone]
-    routing = {
-        "expert_choice": f"routers decide at each of up to {config.num_recursions} recursions which tokens go on",
-        "token_choice": f"a router gives every token 1 to {config.num_recursions} recursions",
-        "none": f"every token runs all {config.num_recursions} recursions",
-    }[config.routing]
-    unique, shared = config.prelude_layers, config.num_shared_layers
-    description = (
-        f"{unique} unique layer(s), {shared} shared ones (`{config.sharing}`), and {config.coda_layers} "
-        f"unique layer(s) at the end; {routing}."
-    )
-    state = "Layers were put to a use that they were not trained for: train the model before you use it."
-    if config.num_recursions == 1:
-        description = f"{config.num_physical_layers} layers, each with weights of its own and one place in the model."
-        state = "Train the model before you use it, unless nothing but the format of the source was changed."
-    healed = any("official" in note for note in plan.notes)
+    kind = _recursions(config, plan) if config.model_type == "mor" else _depths(config, recipe)
     text = _fill(
-        "mor_card.md",
-        title=folder_title(source.name, "MoR"),
+        "converted_card.md",
+        title=folder_title(source.name, kind.suffix),
+        architecture=kind.name,
         source_link=_link(base_model, source.name),
-        description=description,
-        state=("The weights are those of the source, stored without duplicates." if healed else state),
+        description=kind.description,
+        state=kind.state,
+        limits=kind.limits,
+        references="\n".join(f"- {title}, [arXiv {i}](https://arxiv.org/abs/{i})" for title, i in kind.references),
         plan=plan.table(),
         recipe=recipe.to_yaml(),
     )
-    _save(folder, text, base_model, source.license, tags)
+    _save(folder, text, base_model, source.license, ["custom_code", "varidepth", kind.tag, config.backbone])
+
+
+@dataclass(frozen=True)
+class _Kind:
+    """What a card says of an architecture: title, arXiv number and so on of the papers in `references`."""
+
+    name: str
+    suffix: str
+    tag: str
+    description: str
+    state: str
+    limits: str
+    references: tuple[tuple[str, str], ...]
+
+
+def _recursions(config: Any, plan: "ConversionPlan") -> _Kind:
+    n = config.num_recursions
+    routing = {
+        "expert_choice": f"routers decide at each of up to {n} recursions which tokens go on",
+        "token_choice": f"a router gives every token 1 to {n} recursions",
+        "none": f"every token runs all {n} recursions",
+    }[config.routing]
+    description = (
+        f"{config.prelude_layers} unique layer(s), {config.num_shared_layers} shared ones (`{config.sharing}`), and "
+        f"{config.coda_layers} unique layer(s) at the end; {routing}."
+    )
+    state = "Layers were put to a use that they were not trained for: train the model before you use it."
+    if n == 1:
+        description = f"{config.num_physical_layers} layers, each with weights of its own and one place in the model."
+        state = "Train the model before you use it, unless nothing but the format of the source was changed."
+    if any("official" in note for note in plan.notes):
+        state = "The weights are those of the source, stored without duplicates."
+    return _Kind(
+        name="Mixture-of-Recursions (MoR)",
+        suffix="MoR",
+        tag="mixture-of-recursions",
+        description=description,
+        state=state,
+        limits=_ATTENTION_LIMIT if config.routing != "none" else "Those of the source.",
+        references=(
+            (
+                "Mixture-of-Recursions: Learning Dynamic Recursive Depths for Adaptive Token-Level Computation",
+                "2507.10524",
+            ),
+            ("Relaxed Recursive Transformers", "2410.20672"),
+        ),
+    )
+
+
+def _depths(config: Any, recipe: "Recipe") -> _Kind:
+    unit = {"block": "them", "attention": "their attention", "mlp": "their MLP"}[config.routing_unit]
+    description = (
+        f"{config.num_hidden_layers} layers, of which {len(config.routed_layers)} are routed: tokens pass by {unit} "
+        f"where {'chance' if config.routing == 'stochastic' else 'a router'} says so."
+    )
+    if recipe.router_init == "on":
+        state = (
+            "Its routers let every token through, so that it computes what its source computes and saves nothing; "
+            "train or calibrate them (`varidepth calibrate`) to skip work."
+        )
+    else:
+        state = "It was not trained to pass by layers: train the model before you use it."
+    limits = (
+        f"In training a routed layer takes a share of {_shares(config)} of the tokens. Outside of training each "
+        f"token is decided on by itself (`inference_rule` {config.inference_rule!r}), so the share is what the "
+        f"routers make of it. {_ATTENTION_LIMIT}"
+    )
+    return _Kind(
+        name="Mixture-of-Depths (MoD)",
+        suffix="MoD",
+        tag="mixture-of-depths",
+        description=description,
+        state=state,
+        limits=limits,
+        references=(
+            (
+                "Mixture-of-Depths: Dynamically allocating compute in transformer-based language models",
+                "2404.02258",
+            ),
+            ("Router-Tuning: A Simple and Effective Approach for Enabling Dynamic-Depth", "2410.13184"),
+        ),
+    )
+
+
+_ATTENTION_LIMIT = 'Routed layers need `attn_implementation` "sdpa" or "eager".'
+
+
+def _shares(config: Any) -> str:
+    return ", ".join(f"{share:g}" for share in dict.fromkeys(config.capacities))
 
 
 def write_unrolled_card(folder: Path, source: "SourceCheckpoint", config: PreTrainedConfig) -> None:

@@ -10,6 +10,12 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 
 VOCABULARY = 96
+FAMILY_FIELDS = {
+    "gemma2": {"sliding_window": 8, "query_pre_attn_scalar": 8},
+    "mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2},
+    # the second layer has a dense MLP
+    "qwen3_moe": {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24, "mlp_only_layers": [1]},
+}
 WORDS = [f"w{i}" for i in range(VOCABULARY - 3)]
 
 
@@ -29,8 +35,7 @@ def pico_config(family: str = "llama", layers: int = 6, **fields):
         "pad_token_id": 0,
         "tie_word_embeddings": True,
     }
-    if family == "gemma2":
-        small |= {"sliding_window": 8, "query_pre_attn_scalar": 8}
+    small |= FAMILY_FIELDS.get(family, {})
     return CONFIG_MAPPING[family](**{**small, **fields})
 
 

@@ -497,6 +497,152 @@ def recipe_with_a_number_for_a_list(folder, monkeypatch):
     return with_recipe(folder, "num_recursions: 2\ncapacities: 0.5\n")
 
 
+# MoD
+
+
+def mod_arguments(folder: Path, *flags: str) -> list[str]:
+    return [str(folder / "source"), "-o", str(folder / "out"), "--to", "mod", *flags]
+
+
+@case("`num_recursions` is 2", "'mor'", "`to: mod`")
+def recursions_of_a_mod(folder, monkeypatch):
+    return mod_arguments(folder, "--recursions", "2")
+
+
+@case("`init` is 'upper'", "'mor'")
+def initialisation_of_a_mod(folder, monkeypatch):
+    return mod_arguments(folder, "--init", "upper")
+
+
+@case("`routed_layers` is [1, 3]", "--to mod")
+def routed_layers_of_a_mor(folder, monkeypatch):
+    return convert_arguments(folder, "--routed-layers", "1", "3")
+
+
+@case("`calibration_text`", "--to mod")
+def calibration_text_of_a_mor(folder, monkeypatch):
+    return convert_arguments(folder, "--calibration-text", "text.txt")
+
+
+@case("`num_routed_layers` is 2", "--routed-layers auto")
+def number_of_layers_without_a_measurement(folder, monkeypatch):
+    return mod_arguments(folder, "--num-routed-layers", "2")
+
+
+@case("`calibration_text`", "--routed-layers auto")
+def text_without_a_measurement(folder, monkeypatch):
+    return mod_arguments(folder, "--routed-layers", "1", "--calibration-text", "text.txt")
+
+
+@case("--routed-layers", "'autoo'", "'auto'")
+def misspelt_auto(folder, monkeypatch):
+    return mod_arguments(folder, "--routed-layers", "autoo")
+
+
+@case("`routed_layers` is [2, 6]", "0 to 5")
+def routed_layer_that_does_not_exist(folder, monkeypatch):
+    return mod_arguments(folder, "--routed-layers", "2", "6")
+
+
+@case("`num_routed_layers` is 6", "1 to 5")
+def more_layers_than_can_be_routed(folder, monkeypatch):
+    return mod_arguments(folder, "--routed-layers", "auto", "--num-routed-layers", "6")
+
+
+@case("`capacity` has 2 entries", "3")
+def auto_with_capacities_of_wrong_length(folder, monkeypatch):
+    return mod_arguments(folder, "--routed-layers", "auto", "--capacity", "0.5", "0.2")
+
+
+@case("`calibration_text`", "no such file")
+def calibration_text_missing(folder, monkeypatch):
+    return mod_arguments(folder, "--routed-layers", "auto", "--calibration-text", str(folder / "nothing.txt"))
+
+
+@case("`calibration_text`", "UTF-8")
+def calibration_text_is_no_text(folder, monkeypatch):
+    (folder / "text.txt").write_bytes(b"\xff\xfe\x00\x80")
+    return mod_arguments(folder, "--routed-layers", "auto", "--calibration-text", str(folder / "text.txt"))
+
+
+@case("`calibration_text`", "3 tokens")
+def calibration_text_is_too_short(folder, monkeypatch):
+    (folder / "text.txt").write_text("w1 w2")
+    return mod_arguments(folder, "--routed-layers", "auto", "--calibration-text", str(folder / "text.txt"))
+
+
+@case("auto", "no tokenizer")
+def measurement_without_tokenizer(folder, monkeypatch):
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (folder / "source" / name).unlink()
+    return mod_arguments(folder, "--routed-layers", "auto")
+
+
+@case("`capacity`", "above 0")
+def capacity_of_zero(folder, monkeypatch):
+    return mod_arguments(folder, "--capacity", "0")
+
+
+@case("`gate` is 'raw'", "router_init: random")
+def raw_gate_that_starts_open(folder, monkeypatch):
+    return mod_arguments(folder, "--gate", "raw")
+
+
+@case("`num_noop_experts` is 1", "llama")
+def new_experts_without_experts(folder, monkeypatch):
+    return mod_arguments(folder, "--num-noop-experts", "1")
+
+
+@case("`num_noop_experts` is 1", "router_init: random")
+def new_experts_that_start_open(folder, monkeypatch):
+    save_pico(folder / "experts", "mixtral", tokenizer=False)
+    return [str(folder / "experts"), "-o", str(folder / "out"), "--to", "mod", "--num-noop-experts", "1"]
+
+
+@case("lack expert 1.w1", "incomplete")
+def missing_expert(folder, monkeypatch):
+    save_pico(folder / "experts", "mixtral", tokenizer=False)
+    change_weights(folder / "experts", lambda w: w.pop("model.layers.2.block_sparse_moe.experts.1.w1.weight"))
+    return [str(folder / "experts"), "-o", str(folder / "out"), "--to", "mod"]
+
+
+@case("'mixtral'", "llama")
+def experts_in_a_mor(folder, monkeypatch):
+    save_pico(folder / "experts", "mixtral", tokenizer=False)
+    return [str(folder / "experts"), "-o", str(folder / "out"), "--recursions", "2"]
+
+
+@case("`router_init` is 'random'", "no router")
+def random_routers_of_stochastic_routing(folder, monkeypatch):
+    return mod_arguments(folder, "--routing", "stochastic", "--router-init", "random")
+
+
+@case("`gate` is 'sigmoid'", "no router")
+def gate_of_stochastic_routing(folder, monkeypatch):
+    return mod_arguments(folder, "--routing", "stochastic", "--gate", "sigmoid")
+
+
+@case("`routing` is 'none'", "'stochastic'")
+def mod_without_routing(folder, monkeypatch):
+    return mod_arguments(folder, "--routing", "none")
+
+
+@case("`to` is 'mad'", "'mod'")
+def recipe_for_an_unknown_architecture(folder, monkeypatch):
+    return with_recipe(folder, "to: mad\n")
+
+
+@case("`capacity` is 'half'", "float")
+def recipe_with_a_word_for_a_capacity(folder, monkeypatch):
+    return with_recipe(folder, "to: mod\ncapacity: half\n")
+
+
+@case("MoD already")
+def source_is_a_mod(folder, monkeypatch):
+    main(["convert", *mod_arguments(folder), "--quiet"])
+    return [str(folder / "out"), "-o", str(folder / "again"), "--to", "mod"]
+
+
 @case("recipe", "mor_middle_cycle")
 def recipe_missing(folder, monkeypatch):
     return convert_arguments(folder, "--recipe", str(folder / "nothing.yaml"))
@@ -532,6 +678,20 @@ def unroll_a_closed_router(folder, monkeypatch):
 @case("kv_mode", command="unroll")
 def unroll_shared_keys(folder, monkeypatch):
     return routed(folder, "--kv-mode", "shared")
+
+
+@case("routers have learned", command="unroll")
+def unroll_trained_depths(folder, monkeypatch):
+    assert main(["convert", *mod_arguments(folder), "--quiet"]) == 0
+    change_weights(folder / "out", lambda w: w["model.routers.weight"].fill_(0.1))
+    return [str(folder / "out"), "-o", str(folder / "vanilla")]
+
+
+@case("lack model.routers.weight", command="unroll")
+def unroll_without_routers(folder, monkeypatch):
+    assert main(["convert", *mod_arguments(folder), "--quiet"]) == 0
+    change_weights(folder / "out", lambda w: w.pop("model.routers.weight"))
+    return [str(folder / "out"), "-o", str(folder / "vanilla")]
 
 
 @case("'llama'", "mor", command="unroll")

@@ -11,9 +11,9 @@ from pico_checkpoints import save_pico
 from transformers import AutoModelForCausalLM
 
 import varidepth
-from varidepth.cli.convert_command import _HELP, field_descriptions
+from varidepth.cli.convert_command import field_help
 from varidepth.cli.main import COMMANDS, main
-from varidepth.conversion.recipe import MOR_FIELDS
+from varidepth.conversion.recipe_fields import ALL_FIELDS
 
 
 @pytest.fixture
@@ -87,8 +87,8 @@ def test_help_describes_every_field_of_the_model(capsys):
         "Weight of the balancing loss.",
     ):
         assert words in text
-    for field in MOR_FIELDS:
-        assert field in _HELP or field_descriptions(varidepth.MoRConfig.__doc__)[field].endswith(".")
+    for field in ALL_FIELDS:
+        assert field_help(field).endswith(".")
 
 
 def test_flags_go_before_the_recipe(source, tmp_path):

@@ -146,6 +146,7 @@ def test_copies_that_safetensors_dropped_are_not_needed(tmp_path):
         ({"model.layers.3.mor_router.router.weight": None}, {}, "model.routers.weight"),
         ({"model.embed_tokens.weight": None}, {}, "lacks model.embed_tokens.weight"),
         ({"model.norm.weight": None}, {}, "lacks model.norm.weight"),
+        ({}, {"to": "mod"}, "`to`"),
         ({}, {"init": "stepwise"}, "`init`"),
         ({}, {"router_init": "on"}, "`router_init`"),
         ({}, {"drop_layers": True}, "`drop_layers`"),

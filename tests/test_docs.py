@@ -8,7 +8,7 @@ import pytest
 from real_text import save_source
 
 from varidepth.cli.main import main
-from varidepth.conversion.recipe import MOR_FIELDS
+from varidepth.conversion.recipe_fields import FIELDS
 
 
 ROOT = Path(__file__).parents[1]
@@ -44,7 +44,7 @@ def test_page_runs(page, tmp_path, monkeypatch, capsys):
 
 def test_every_field_is_documented():
     page = (ROOT / "docs" / "configuration.md").read_text(encoding="utf-8")
-    missing = [name for name in (*MOR_FIELDS, "backbone", "num_hidden_layers") if f"`{name}`" not in page]
+    missing = [name for name in (*FIELDS["mor"], "backbone", "num_hidden_layers") if f"`{name}`" not in page]
     assert not missing
 
 
