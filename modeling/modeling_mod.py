@@ -41,23 +41,18 @@ class DepthRouting(RoutedForward):
             multiple=config.capacity_multiple,
         )
         self.runner.recorder.state(hidden_states)
-        done = 0
-        for router, routed_pass in enumerate(self.passes):
-            layer = routed_pass.slots[0]
-            hidden_states = self._run_dense(range(done, layer), hidden_states)
+        *dense_before, dense_after = self.model.dense_groups
+        for router, (dense, routed_pass) in enumerate(zip(dense_before, self.passes, strict=True)):
+            hidden_states = self.runner.run_dense(dense, hidden_states)
             hidden_states = self._run_routed(router, routed_pass, hidden_states)
-            done = layer + 1
-        return self._run_dense(range(done, config.num_hidden_layers), hidden_states)
-
-    def _run_dense(self, layers: range, hidden_states: torch.Tensor) -> torch.Tensor:
-        return self.runner.run_dense(LayerGroup(tuple(layers), tuple(layers)), hidden_states)
+        return self.runner.run_dense(dense_after, hidden_states)
 
     def _run_routed(self, router: int, routed_pass: RoutedPass, hidden_states: torch.Tensor) -> torch.Tensor:
         """x + g f(x) for the tokens that enter, x for the others (paper, equation 1)."""
         config = self.config
         gate, active = self._decide(router, routed_pass, hidden_states)
         self.trace.enter(router, active)
-        group = LayerGroup(routed_pass.slots, routed_pass.slots)
+        group = self.model.routed_groups[router]
         training = self.model.training and config.training_path == "masked"
         masked = (self.context.is_static or training) and not routed_pass.always
         if masked:
@@ -99,6 +94,10 @@ class DepthRouting(RoutedForward):
         return gate, active if self.choice.forced is None else active | self.choice.forced
 
 
+def _group(*layers: int) -> LayerGroup:
+    return LayerGroup(layers, layers)
+
+
 class MoDModel(RoutedModel, MoDPreTrainedModel):
     forward_class = DepthRouting
     built_fields = (
@@ -112,7 +111,11 @@ class MoDModel(RoutedModel, MoDPreTrainedModel):
 
     def __init__(self, config: MoDConfig):
         super().__init__(config)
-        self._begin_build(config, {layer: layer for layer in range(config.num_hidden_layers)})
+        depth = config.num_hidden_layers
+        self._begin_build(config, {layer: layer for layer in range(depth)})
+        starts, ends = [0, *(layer + 1 for layer in config.routed_layers)], [*config.routed_layers, depth]
+        self.dense_groups = [_group(*range(start, end)) for start, end in zip(starts, ends, strict=True)]
+        self.routed_groups = [_group(layer) for layer in config.routed_layers]
         if config.num_routers:
             self._build_routers(1, 0, config.predictor_hidden_size or 0)
             if config.inference_rule == "ema_threshold":

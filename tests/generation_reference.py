@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, set_seed
 
-from varidepth import MoRConfig
+from varidepth import MoDConfig, MoRConfig
 
 
 VOCABULARY = 61
@@ -56,10 +56,39 @@ CASES: dict[str, dict[str, Any]] = {
         "layer_types": ["full_attention", "sliding_attention", "full_attention"] * 2,
     },
 }
+# 4 layers, of which the last one or more are routed.
+MOD_CASES: dict[str, dict[str, Any]] = {
+    "mod": {"gate": "sigmoid"},
+    "mod-attention": {"routing_unit": "attention", "inference_rule": "predictor"},
+    "mod-mlp": {"routing_unit": "mlp", "gate": "one_plus_tanh"},
+    "mod-everywhere": {
+        "routed_layers": [0, 1, 2, 3],
+        "gate": "sigmoid",
+        "inference_rule": "ema_threshold",
+        "always_route_first": 1,
+    },
+    "gemma2-mod": {"backbone": "gemma2", "sliding_window": 5, "head_dim": 8, "routing_unit": "attention"},
+    "mod-noop": {
+        "backbone": "qwen3_moe",
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 16,
+        "num_noop_experts": 2,
+    },
+}
+for _fields in MOD_CASES.values():
+    _fields.update({"num_hidden_layers": 4, "capacity": 0.5})
+CASES |= MOD_CASES
 # As small as routing and a cache allow, for what takes seconds per layer.
 SMALLEST: dict[str, dict[str, Any]] = {
     "smallest": EXPERT | {"num_hidden_layers": 2, "num_recursions": 2, "sharing": "cycle"},
+    "smallest-mod": {"num_hidden_layers": 2, "capacity": 0.5, "gate": "sigmoid"},
 }
+
+
+def config_of(case: str, **fields: Any) -> MoRConfig | MoDConfig:
+    config_class = MoDConfig if "mod" in case else MoRConfig
+    return config_class(**SIZES | (CASES | SMALLEST)[case] | fields)
 
 
 def attention_of(case: str) -> str:
@@ -71,13 +100,16 @@ def attention_of(case: str) -> str:
 def build(case: str, attention: str | None = None) -> Any:
     """The case's model in eval mode, with routers strong enough to spread the tokens over the depths."""
     set_seed(0)
-    config = MoRConfig(**SIZES | (CASES | SMALLEST)[case])
-    model = AutoModelForCausalLM.from_config(config, attn_implementation=attention or attention_of(case)).eval()
+    model = AutoModelForCausalLM.from_config(
+        config_of(case), attn_implementation=attention or attention_of(case)
+    ).eval()
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for bank in (getattr(model.model, "routers", None), getattr(model.model, "predictors", None)):
             if bank is not None:
                 bank.weight.copy_(torch.randn(bank.weight.shape, generator=generator))
+        if hasattr(model.model, "threshold_ema"):
+            model.model.threshold_ema.zero_()
         bias = getattr(model.model, "balancing_bias", None)
         if bias is not None:
             bias.copy_(torch.tensor([[0.1, -0.1]]))

@@ -1,4 +1,4 @@
-"""Every way to generate, in every routing and KV mode, against a loop without cache, padding or `generate`.
+"""Every way to generate, in every mode of MoR and MoD, against a loop without cache, padding or `generate`.
 
 Named after the generation cases of transformers, whose own mixin is not in its sdist. Rows are random; the tolerance
 is 1e-5 relative in fp32, with every router score at least 1e-4 from its threshold, which is checked.
@@ -12,9 +12,9 @@ import pytest
 import torch
 from generation_reference import (
     CASES,
-    SIZES,
     SMALLEST,
     build,
+    config_of,
     full_logits,
     padded,
     prompts,
@@ -24,10 +24,9 @@ from generation_reference import (
     slow_score,
     vanilla,
 )
+from tiny_families import run_with_margin
 from transformers import AutoModelForCausalLM, DynamicCache, StaticCache, set_seed
 from transformers.generation.streamers import BaseStreamer
-
-from varidepth import MoRConfig
 
 
 STEPS = 8
@@ -59,21 +58,13 @@ def assert_rows(sequences: torch.Tensor, rows: list[torch.Tensor]) -> None:
 def test_scores_keep_their_distance(case: str) -> None:
     """The comparisons below mean something: no decision is within rounding, and depths differ between tokens."""
     model = build(case)
-    config = model.config
     depths = set()
     for ids in prompts():
-        output = model(input_ids=slow_greedy(model, ids, STEPS)[0], use_cache=False, output_routing=True)
+        row = slow_greedy(model, ids, STEPS)[0]
+        output, margin = run_with_margin(model, input_ids=row, use_cache=False, output_routing=True)
         depths |= set(output.token_depth.flatten().tolist())
-        if config.routing == "none":
-            continue
-        logits = output.router_logits.flatten()
-        logits = logits[~logits.isnan()]
-        if config.routing == "expert_choice":
-            assert (logits.sigmoid() - 0.5).abs().min() > 1e-4
-        else:
-            best, second = logits.view(-1, config.num_recursions).topk(2).values.T
-            assert (best - second).abs().min() > 1e-4
-    assert config.routing == "none" or len(depths) > 1, f"every token has depth {depths}"
+        assert margin > 1e-4
+    assert model.config.routing == "none" or len(depths) > 1, f"every token has depth {depths}"
 
 
 @each_case
@@ -313,8 +304,7 @@ def test_routing_is_reported(case: str) -> None:
     model, row = build(case), prompts()[0]
     whole = model(input_ids=row, use_cache=False, output_routing=True).token_depth
     assert whole.shape == row.shape
-    blocks = len(model.config.recursive_blocks)
-    assert 0 <= whole.min() and whole.max() <= blocks * model.config.num_recursions
+    assert 0 <= whole.min() and whole.max() <= len(model.config.routed_passes)
     cache = DynamicCache(config=model.config)
     parts = [
         model(input_ids=part, past_key_values=cache, output_routing=True).token_depth
@@ -359,7 +349,7 @@ def decode(step: Callable[..., Any], model: Any, cache: Any, ids: torch.Tensor) 
 
 
 # Capturing a graph takes seconds: one case per way of routing and of storing.
-COMPILED = ["none", "expert", "expert-predictor", "expert-shared", "token", "gemma2-token"]
+COMPILED = ["none", "expert", "expert-predictor", "expert-shared", "token", "gemma2-token", "mod", "mod-attention"]
 
 
 @pytest.mark.parametrize("case", COMPILED)
@@ -420,13 +410,14 @@ def assert_refused(model: Any, attempt: Callable[[], Any], *words: str) -> None:
     assert not steps, "refused only after the model had run"
 
 
-def test_topk_is_refused_by_generate() -> None:
+@pytest.mark.parametrize("case", ["expert", "mod"])
+def test_topk_is_refused_by_generate(case: str) -> None:
     set_seed(0)
-    model = AutoModelForCausalLM.from_config(MoRConfig(**SIZES | CASES["expert"] | {"inference_rule": "topk"})).eval()
+    model = AutoModelForCausalLM.from_config(config_of(case, inference_rule="topk")).eval()
     assert_refused(model, lambda: generate(model, prompts()[0]), "topk", "threshold")
 
 
-ROUTED = ["expert", "expert-shared", "token"]
+ROUTED = ["expert", "expert-shared", "token", "mod", "mod-attention"]
 
 
 @pytest.mark.parametrize("case", ROUTED)
