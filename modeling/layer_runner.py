@@ -181,10 +181,12 @@ class LayerRunner:
         """
         update = hidden_states
         entered = active.unsqueeze(-1)
+        self.mlp_tokens = active
         attending = self._masked_attention(group, active, shared)
         for layer, slot in zip(group.layers, group.slots, strict=True):
             update = self._call(layer, slot, update, attending)
             self.recorder.state(torch.where(entered, update, hidden_states))
+        self.mlp_tokens = self.context.valid
         result = combine(update, _everything)
         self.recorder.replace_last(result)
         return result
@@ -199,8 +201,8 @@ class LayerRunner:
             attending = self._selected_attention(group, part.selection, None)
         else:
             attending = Attending(None, lambda kind: (None, self.context.rotary[kind]), is_empty=True)
-        if part.unit == "mlp" and part.selection is not None:
-            self.mlp_tokens = part.selection.valid
+        if part.unit == "mlp" and part.active is not None:
+            self.mlp_tokens = part.active if part.selection is None else part.selection.valid
         for layer, slot in zip(group.layers, group.slots, strict=True):
             hidden_states = self._call(layer, slot, hidden_states, attending, routed=part)
             self.recorder.state(hidden_states)

@@ -40,11 +40,12 @@ def best(scores: torch.Tensor, count: int) -> list[int]:
     return sorted(order[:count])
 
 
-def equation_1(model, ids: torch.Tensor, choose) -> torch.Tensor:
+def equation_1(model, ids: torch.Tensor, choose, lures: bool = False) -> torch.Tensor:
     """Logits of one row: x_i + g(r_i) f_i(X~) for the chosen tokens, x_i for the others, in plain loops.
 
     Args:
         choose: scores of one router -> the tokens that enter.
+        lures: tokens that stay out get what they would have got times their gate less itself, which is 0.
     """
     config, base = model.config, model.model
     positions = torch.arange(len(ids))
@@ -55,24 +56,26 @@ def equation_1(model, ids: torch.Tensor, choose) -> torch.Tensor:
         if number in config.routed_layers:
             scores = x @ base.routers.weight[config.routed_layers.index(number), 0]
             chosen, gate = choose(scores), GATES[config.gate](scores)
-        rows = list(x)
-        if config.routing_unit == "block":
-            a = attention_update(layer, x[chosen], positions[chosen], config)
-            m = mlp_update(layer, x[chosen] + a, config)
-            for place, i in enumerate(chosen):
-                rows[i] = rows[i] + gate[i] * (a[place] + m[place])
-            x = torch.stack(rows)
-            continue
-        for unit in ("attention", "mlp"):
-            routed = config.routing_unit == unit
-            entering = chosen if routed else everyone
-            if unit == "attention":
-                update = attention_update(layer, x[entering], positions[entering], config)
-            else:
-                update = mlp_update(layer, x[entering], config)
+
+        def attend(x, i, others):
+            """What attention adds to token i, which sees itself and the earlier ones of `others`."""
+            seen = [j for j in others if j < i] + [i]
+            return attention_update(layer, x[seen], positions[seen], config)[-1]  # noqa: B023
+
+        for unit in ("block",) if config.routing_unit == "block" else ("attention", "mlp"):
+            routed = unit == config.routing_unit
             rows = list(x)
-            for place, i in enumerate(entering):
-                rows[i] = rows[i] + (gate[i] if routed else 1.0) * update[place]
+            for i in everyone:
+                inside = not routed or i in chosen
+                if not inside and not lures:
+                    continue
+                update = 0.0
+                if unit != "mlp":
+                    update = attend(x, i, chosen if routed else everyone)
+                if unit != "attention":
+                    update = update + mlp_update(layer, (x[i] + update)[None], config)[0]
+                factor = gate[i] if routed else 1.0
+                rows[i] = rows[i] + (factor if inside else factor - factor.detach()) * update
             x = torch.stack(rows)
     return logits_of(model, x)
 
@@ -83,9 +86,10 @@ def in_double(**fields):
 
 
 @pytest.mark.parametrize("unit", UNITS)
-@pytest.mark.parametrize("gate", GATES)
-def test_equation_1_and_its_gradients(gate, unit):
-    model = in_double(gate=gate, routing_unit=unit, capacity=[0.5, 0.3, 0.7]).train()
+@pytest.mark.parametrize(("gate", "path"), [*((gate, "gathered") for gate in GATES), ("raw", "masked")])
+def test_equation_1_and_its_gradients(gate, path, unit):
+    """With `training_path="masked"` the routers learn from the tokens that stay out too; the values are the same."""
+    model = in_double(gate=gate, routing_unit=unit, capacity=[0.5, 0.3, 0.7], training_path=path).train()
     ids = tokens(1, 13)[0]
     capacities = iter(model.config.capacities * 10)
 
@@ -93,7 +97,7 @@ def test_equation_1_and_its_gradients(gate, unit):
         return best(scores, int(next(capacities) * len(ids)))
 
     direction = torch.randn(len(ids), VOCABULARY, generator=torch.Generator().manual_seed(2)).double()
-    found, expected = model(ids[None]).logits[0], equation_1(model, ids, top)
+    found, expected = model(ids[None]).logits[0], equation_1(model, ids, top, lures=path == "masked")
     torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-6)
     parameters = dict(model.named_parameters())
     gradients = torch.autograd.grad((found * direction).sum(), list(parameters.values()))
@@ -101,7 +105,7 @@ def test_equation_1_and_its_gradients(gate, unit):
     for name, given, wanted in zip(parameters, gradients, written_out, strict=True):
         assert (given - wanted).norm() <= 1e-5 * wanted.norm(), name
 
-    if gate == "straight_through":
+    if gate == "straight_through" or path == "masked":  # no slope of a value
         return
     router = model.model.routers.weight
     gradient = gradients[list(parameters).index("model.routers.weight")]
@@ -149,6 +153,25 @@ def test_gathering_is_masking(backbone, unit):
     torch.testing.assert_close(masked[valid], gathered.logits[valid], rtol=1e-10, atol=1e-10)
 
 
+@pytest.mark.parametrize("backbone", ["mistral", "gemma2", "olmo2", "mixtral"])
+@pytest.mark.parametrize("unit", UNITS)
+def test_masked_training_computes_what_gathered_training_does(backbone, unit):
+    """Padded batches, windows, norms behind the part and experts; all weights but the routers' see the same tokens."""
+    batch = left_padded([tokens(1, 12)[0], tokens(1, 7, seed=3)[0]])
+    valid = batch["attention_mask"].bool()
+    found = []
+    for path in ("gathered", "masked"):
+        model = tiny_mod(backbone, routing_unit=unit, routed_layers=[3], training_path=path, gate="sigmoid").train()
+        model.model.routers.requires_grad_(False)
+        logits = model(**batch).logits[valid]
+        logits.logsumexp(-1).sum().backward()
+        gradients = {name: p.grad for name, p in model.model.layers[3].named_parameters() if p.grad is not None}
+        found.append((logits.detach(), gradients))
+    torch.testing.assert_close(found[1][0], found[0][0], rtol=1e-5, atol=1e-5)
+    for name, gradient in found[0][1].items():
+        assert (found[1][1][name] - gradient).norm() <= 1e-5 * gradient.norm() + 1e-7, name
+
+
 @pytest.mark.parametrize("routing", ["expert_choice", "stochastic"])
 def test_exactly_the_capacity_enters_and_pads_do_not_compete(routing):
     model = tiny_mod(routing=routing, capacity=[0.5, 0.25]).train()
@@ -174,7 +197,9 @@ def test_positions_are_the_original_ones():
 
 
 @pytest.mark.parametrize("unit", UNITS)
-@pytest.mark.parametrize("fields", [{}, {"always_route_first": 2}, {"capacity_multiple": 3}], ids=str)
+@pytest.mark.parametrize(
+    "fields", [{}, {"always_route_first": 2}, {"capacity_multiple": 3}, {"training_path": "masked"}], ids=str
+)
 @torch.no_grad()
 def test_packed_documents_compete_alone(unit, fields):
     """In training too, where the top-k of a packed row is that of each document."""

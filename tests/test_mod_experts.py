@@ -31,8 +31,8 @@ def gates_of(model) -> list[torch.nn.Module]:
 
 @each_family
 @pytest.mark.parametrize("unit", ["block", "attention", "mlp"])
-@pytest.mark.parametrize("noop", [0, 2])
-def test_the_balance_counts_routed_tokens_only(backbone, unit, noop):
+@pytest.mark.parametrize(("noop", "path"), [(0, "gathered"), (2, "gathered"), (1, "masked")])
+def test_the_balance_counts_routed_tokens_only(backbone, unit, noop, path):
     """The loss of the Switch Transformer by hand: E sum_e (share of choices of e) (mean probability of e)."""
     balance = {"output_router_logits": True, "router_aux_loss_coef": 0.3, "aux_loss_coef": 0.0}
     model = tiny_mod(backbone, routing_unit=unit, num_noop_experts=noop, **balance).train()
@@ -44,6 +44,7 @@ def test_the_balance_counts_routed_tokens_only(backbone, unit, noop):
         hook.remove()
     entering = [13, 6] if unit == "attention" else [6, 3]
     assert [len(logits) for logits in seen] == [13, entering[0]] * 2 + [6, entering[1]] * 2
+    model.config.training_path = path
     probabilities = torch.cat(seen).softmax(-1)
     experts = 4 + noop
     chosen = F.one_hot(probabilities.topk(2, dim=-1).indices, experts).sum(1).float()
