@@ -182,9 +182,17 @@ class BackbonePreTrainedModel(PreTrainedModel):
     _supports_flash_attn = True
     _supports_flex_attn = True
 
-    def _can_set_experts_implementation(self) -> bool:
+    @classmethod
+    def _can_set_experts_implementation(cls) -> bool:
         """transformers looks for experts in the module that defines the model class; ours come from the family's."""
-        return family_of(self.config).num_experts is not None
+        return any(FAMILIES[backbone].num_experts is not None for backbone in cls.config_class.backbones)
+
+    def _grouped_mm_can_dispatch(self) -> bool:
+        if family_of(self.config).num_experts is None:
+            raise ValueError(
+                f"experts_implementation is 'grouped_mm', but {self.config.backbone} has no experts; leave it out."
+            )
+        return super()._grouped_mm_can_dispatch()
 
     @property
     def _supports_sdpa(self) -> bool:
