@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from pico_checkpoints import pico_tokenizer, save_pico, some_ids
+from pico_checkpoints import edit_json, pico_tokenizer, save_pico, some_ids
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
@@ -120,6 +120,13 @@ def test_unrolling_refuses_what_is_not_exact(fields, words, source_of, tmp_path)
     assert not (tmp_path / "vanilla").exists()
 
 
+def test_unrolling_refuses_thresholds_that_no_token_reaches(source_of, tmp_path):
+    convert(source_of("llama"), tmp_path / "mod", to="mod", quiet=True)
+    edit_json(tmp_path / "mod" / "config.json", router_thresholds=[0.6])
+    with pytest.raises(ConversionError, match="routers have learned"):
+        unroll(tmp_path / "mod", tmp_path / "vanilla", quiet=True)
+
+
 @pytest.mark.parametrize("family", MOE_BACKBONES)
 def test_experts_are_read_in_both_layouts(family, source_of, tmp_path):
     source = source_of(family)
@@ -211,6 +218,12 @@ def test_layers_are_chosen_by_what_their_absence_costs(unit, written_by, source_
     assert plan["redundancy"]["loss_increases"] == list(costs) and plan["redundancy"]["text"] == "text.txt"
     assert all(f"{cost:+.4f}" in result.plan.table() for cost in costs)
     assert torch.equal(logits_of(load(tmp_path / "mod")), logits_of(model))
+
+
+def test_tokens_that_always_enter_enter_in_the_measurement(source_of, tmp_path):
+    fields = {"routed_layers": "auto", "calibration_text": write_text(tmp_path), "always_route_first": 128}
+    measured = convert(source_of("llama"), None, to="mod", dry_run=True, quiet=True, **fields).plan.redundancy
+    assert measured.loss_increases == (0.0,) * 4
 
 
 def test_plan_and_card(source_of, tmp_path):
