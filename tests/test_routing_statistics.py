@@ -124,6 +124,7 @@ MOD_CASES: dict[str, dict] = {
     "predictor": {"inference_rule": "predictor", "routing_unit": "attention"},
     "running mean": {"inference_rule": "ema_threshold", "routing_unit": "mlp"},
     "first tokens": {"always_route_first": 2, "capacity": [0.2, 1.0, 0.6], "routed_layers": [1, 2, 3]},
+    "whole multiples": {"capacity_multiple": 4},
     "stochastic": {"routing": "stochastic"},
 }
 
