@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from tiny_families import VOCABULARY, tiny_mor
+from tiny_families import VOCABULARY, tiny_mod, tiny_mor
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, StaticCache
 
 from varidepth.modeling.depth_cache import DepthLayer, cache_bytes
@@ -10,6 +10,12 @@ from varidepth.modeling.depth_cache import DepthLayer, cache_bytes
 
 FIELDS = {"capacities": [0.9, 0.6, 0.3], "gating": "interpolate"}
 LENGTHS = (11, 4, 8)
+MODELS = {
+    "mor": lambda: tiny_mor(**FIELDS),
+    "mod": lambda: tiny_mod(routed_layers=[0, 1, 3], gate="sigmoid"),
+    "mod-attention": lambda: tiny_mod(routing_unit="attention", always_route_first=1),
+}
+each_model = pytest.mark.parametrize("case", MODELS)
 
 
 def rows() -> list[torch.Tensor]:
@@ -29,9 +35,10 @@ def stored_tokens(cache) -> list[list[int]]:
     return [layer.index.lengths for layer in cache.layers if isinstance(layer, DepthLayer)]
 
 
+@each_model
 @torch.no_grad()
-def test_a_padded_batch_stores_what_its_rows_store_alone():
-    model = tiny_mor(**FIELDS)
+def test_a_padded_batch_stores_what_its_rows_store_alone(case):
+    model = MODELS[case]()
     batch = model(**left_padded(rows()), use_cache=True, output_routing=True)
     alone = [model(row, use_cache=True, output_routing=True) for row in rows()]
     assert [int(d) for d in batch.token_depth.sum(1)] == [int(a.token_depth.sum()) for a in alone]
@@ -51,9 +58,10 @@ def test_bytes_are_those_of_the_tokens_that_got_there():
     assert cache_bytes(output.past_key_values)["stored"] == per_token * (entered + dense)
 
 
+@each_model
 @torch.no_grad()
-def test_buffers_grow_at_most_twofold():
-    model = tiny_mor(**FIELDS)
+def test_buffers_grow_at_most_twofold(case):
+    model = MODELS[case]()
     cache = model(rows()[0], use_cache=True).past_key_values
     for token in rows()[2][0]:
         model(token.view(1, 1), past_key_values=cache, use_cache=True)
@@ -62,9 +70,10 @@ def test_buffers_grow_at_most_twofold():
                 assert layer.keys.shape[2] < 2 * max(layer.index.lengths)
 
 
+@each_model
 @torch.no_grad()
-def test_rows_can_be_reordered_repeated_and_selected():
-    model = tiny_mor(**FIELDS)
+def test_rows_can_be_reordered_repeated_and_selected(case):
+    model = MODELS[case]()
     batch = left_padded(rows())
     next_token = torch.tensor([[7], [9], [13]])
     mask = torch.cat([batch["attention_mask"], torch.ones(3, 1, dtype=torch.long)], dim=1)
@@ -86,9 +95,10 @@ def test_rows_can_be_reordered_repeated_and_selected():
         torch.testing.assert_close(step(cache, order), expected[order], rtol=1e-5, atol=1e-6)
 
 
+@each_model
 @torch.no_grad()
-def test_a_reset_cache_is_as_new():
-    model = tiny_mor(**FIELDS)
+def test_a_reset_cache_is_as_new(case):
+    model = MODELS[case]()
     cache = model(rows()[0], use_cache=True).past_key_values
     cache.reset()
     assert cache.get_seq_length() == 0
@@ -96,11 +106,12 @@ def test_a_reset_cache_is_as_new():
     torch.testing.assert_close(again, model(rows()[2], use_cache=False).logits, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("tiny", [tiny_mor, tiny_mod])
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 @torch.no_grad()
-def test_a_token_that_is_masked_later_is_no_longer_seen(attention):
+def test_a_token_that_is_masked_later_is_no_longer_seen(attention, tiny):
     """generate takes a generated pad token for padding in the next turn; a 4D mask says the same without a cache."""
-    model = tiny_mor(**FIELDS, attention=attention)
+    model = tiny(attention=attention, **(FIELDS if tiny is tiny_mor else {"gate": "sigmoid"}))
     prompt, mask = rows()[0], torch.ones(1, 12, dtype=torch.long)
     mask[0, 1:9] = 0
     visible = torch.ones(12, 12, dtype=torch.bool).tril()
@@ -146,9 +157,10 @@ def test_foreign_caches_are_refused():
         model(rows()[0], past_key_values=wrong)
 
 
+@each_model
 @torch.no_grad()
-def test_a_plain_dynamic_cache_is_adopted():
-    model = tiny_mor(**FIELDS)
+def test_a_plain_dynamic_cache_is_adopted(case):
+    model = MODELS[case]()
     cache = DynamicCache()
     first = model(rows()[0][:, :6], past_key_values=cache, use_cache=True)
     assert first.past_key_values is cache

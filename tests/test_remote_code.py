@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny_families import VOCABULARY, tiny_mor
+from tiny_families import VOCABULARY, tiny_mod, tiny_mor
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
 
-from varidepth import MoRConfig, MoRForCausalLM
+from varidepth import MoDForCausalLM, MoRForCausalLM
 from varidepth.modeling.remote_code import _flatten, export_remote_code
 
 
@@ -53,9 +53,17 @@ def assert_complete(folder: Path) -> None:
                 assert (folder / f"{line.split()[1][1:]}.py").is_file(), line
 
 
-@pytest.mark.parametrize("fields", [{}, {"kv_mode": "shared", "inference_rule": "predictor"}], ids=["plain", "shared"])
-def test_round_trips_without_the_plugin(tmp_path, fields):
-    model = tiny_mor(**fields)
+MODELS = {
+    "mor": lambda: tiny_mor(),
+    "mor-shared": lambda: tiny_mor(kv_mode="shared", inference_rule="predictor"),
+    "mod": lambda: tiny_mod("olmo2", routing_unit="attention", inference_rule="ema_threshold"),
+    "mod-experts": lambda: tiny_mod("qwen3_moe", num_noop_experts=1, inference_rule="predictor"),
+}
+
+
+@pytest.mark.parametrize("case", MODELS)
+def test_round_trips_without_the_plugin(tmp_path, case):
+    model = MODELS[case]()
     ids = torch.randint(3, VOCABULARY, (2, 9), generator=torch.Generator().manual_seed(0))
     folder, again = tmp_path / "saved", tmp_path / "again"
     model.save_pretrained(folder)
@@ -75,20 +83,30 @@ def test_round_trips_without_the_plugin(tmp_path, fields):
     assert_complete(again)
     assert_complete(again / "third")
     with_plugin = AutoModelForCausalLM.from_pretrained(again)
-    assert type(with_plugin) is MoRForCausalLM
+    assert type(with_plugin) is type(model)
     with_plugin.save_pretrained(tmp_path / "plugin")
     assert_complete(tmp_path / "plugin")
 
 
-def test_every_auto_class_loads_with_the_plugin(tmp_path):
-    tiny_mor().save_pretrained(tmp_path)
-    assert type(AutoConfig.from_pretrained(tmp_path)) is MoRConfig
+@pytest.mark.parametrize(("tiny", "kind"), [(tiny_mor, "mor"), (tiny_mod, "mod")])
+def test_every_auto_class_loads_with_the_plugin(tmp_path, tiny, kind):
+    model = tiny()
+    model.save_pretrained(tmp_path)
+    assert type(AutoConfig.from_pretrained(tmp_path)) is type(model.config)
     for auto in (AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification):
-        assert type(auto.from_pretrained(tmp_path)).__module__ == "varidepth.modeling.modeling_mor"
+        assert type(auto.from_pretrained(tmp_path)).__module__ == f"varidepth.modeling.modeling_{kind}"
 
 
-def test_all_weights_survive_also_in_bfloat16(tmp_path):
-    model = tiny_mor(inference_rule="predictor", router_type="mlp", router_bias=True)
+FULL_OF_WEIGHTS = {
+    "mor": lambda: tiny_mor(inference_rule="predictor", router_type="mlp", router_bias=True),
+    "mod": lambda: tiny_mod(inference_rule="predictor", router_bias=True),
+    "mod-ema": lambda: tiny_mod(inference_rule="ema_threshold", capacity_warmup_steps=3),
+}
+
+
+@pytest.mark.parametrize("case", FULL_OF_WEIGHTS)
+def test_all_weights_survive_also_in_bfloat16(tmp_path, case):
+    model = FULL_OF_WEIGHTS[case]()
     model.save_pretrained(tmp_path)
     loaded, info = AutoModelForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
     assert not info["missing_keys"] and not info["unexpected_keys"]
@@ -97,6 +115,9 @@ def test_all_weights_survive_also_in_bfloat16(tmp_path):
     half = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16)
     assert half.model.layers[0].self_attn.q_proj.weight.dtype == torch.bfloat16
     assert half.model.routers.weight.dtype == torch.float32
+    if hasattr(half.model, "threshold_ema"):
+        assert half.model.threshold_ema.dtype == torch.float32
+        assert torch.equal(half.model.threshold_ema, model.model.threshold_ema)
     half.generate(torch.tensor([[5, 6, 7]]), max_new_tokens=2)
 
 
@@ -106,8 +127,9 @@ def test_a_config_saved_alone_has_no_dangling_auto_map(tmp_path):
     assert not json.loads((tmp_path / "config" / "config.json").read_text()).get("auto_map")
 
 
-def test_exported_code_needs_nothing_but_torch_and_transformers(tmp_path):
-    export_remote_code(tmp_path, MoRForCausalLM.remote_classes)
+@pytest.mark.parametrize("model_class", [MoRForCausalLM, MoDForCausalLM])
+def test_exported_code_needs_nothing_but_torch_and_transformers(tmp_path, model_class):
+    export_remote_code(tmp_path, model_class.remote_classes)
     allowed = set(sys.stdlib_module_names) | {"torch", "transformers", "huggingface_hub"}
     for file in tmp_path.glob("*.py"):
         for line in file.read_text().splitlines():
