@@ -69,16 +69,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dry-run", action="store_true", help="print the plan and write nothing")
     parser.add_argument("--overwrite", action="store_true", help="replace a checkpoint in the output folder")
     parser.add_argument("--quiet", action="store_true", help="print neither plan nor progress")
-    titles: dict[tuple[str, ...], str] = {
-        (name,): f"fields of a {config.__name__} (--to {name})" for name, config in CONFIGS.items()
-    }
-    titles[ARCHITECTURES] = "fields of both"
-    groups = {names: parser.add_argument_group(title) for names, title in reversed(titles.items())}
+    groups: dict[str, Any] = {}
     for field, kind in ALL_FIELDS.items():
         flags = [f"--{name.replace('_', '-')}" for name in (*_spellings(field), field)]
         options = {"choices": _CHOICES[field]} if field in _CHOICES else _value_options(field, kind)
         text = field_help(field).replace("%", "%%")
-        groups[tuple(owners(field))].add_argument(*flags, dest=field, default=None, help=text, **options)
+        title = f"fields of {' and '.join(CONFIGS[name].__name__ for name in owners(field))}"
+        if title not in groups:
+            groups[title] = parser.add_argument_group(title)
+        groups[title].add_argument(*flags, dest=field, default=None, help=text, **options)
 
 
 def run(args: argparse.Namespace) -> None:

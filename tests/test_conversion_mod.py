@@ -9,6 +9,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from varidepth import MoDForCausalLM
+from varidepth.cli.main import main
 from varidepth.configuration.backbone_config import BACKBONES, MOE_BACKBONES
 from varidepth.conversion.convert import convert
 from varidepth.conversion.errors import ConversionError
@@ -242,3 +243,17 @@ def test_plan_and_card(source_of, tmp_path):
     card = (tmp_path / "mod" / "README.md").read_text()
     assert "mixture-of-depths" in card and "2404.02258" in card and "${" not in card
     assert "Mixture-of-Recursions" not in card
+
+
+def test_inspect(source_of, tmp_path, capsys):
+    convert(source_of("mixtral"), tmp_path / "mod", to="mod", capacity=0.25, quiet=True)
+    assert main(["inspect", str(tmp_path / "mod")]) == 0
+    text = " ".join(capsys.readouterr().out.split())
+    for words in ("model_type mod", "dense 0, 2, 3", "routed 1", "capacities [0.25]", "let every token through"):
+        assert words in text
+    assert main(["inspect", str(tmp_path / "mod"), "--json"]) == 0
+    described = json.loads(capsys.readouterr().out)
+    assert described["layers"][1] == [1, "routed", [1]]
+    assert described["expected"]["kv_bytes_per_token"] == described["full"]["kv_bytes_per_token"] * 3.25 / 4
+    assert described["stored_parameters"] == described["full"]["parameters"]
+    assert main(["inspect", str(source_of("mixtral"))]) == 0
