@@ -4,7 +4,9 @@
 
 Small models are trained from scratch on text, all arms of a seed on the same batches in the same order: `learned` and
 `stochastic` (the paper's control, section 3.3, whose tokens are drawn at random) process the same number of tokens in
-the same layers, `dense` processes all. Held-out loss is measured with top-k routing and with the causal rule.
+the same layers, `dense` processes all. `learned` has the paper's raw gate, which multiplies every update by a score
+that starts near zero; `learned, 1 + tanh` has a gate that starts at one, like that of `stochastic`. Held-out loss is
+measured with top-k routing and with the causal rule.
 """
 
 import argparse
@@ -22,10 +24,12 @@ from varidepth.training.text_blocks import load_documents, split_documents
 
 ARMS = {
     "dense": {"routed_layers": []},
-    "learned": {"routing": "expert_choice", "aux_loss_coef": 0.01},
+    "learned": {"gate": "raw", "aux_loss_coef": 0.01},
+    "learned, 1 + tanh": {"gate": "one_plus_tanh", "aux_loss_coef": 0.01},
     "stochastic": {"routing": "stochastic"},
 }
 LENGTH = 256
+STUDENT = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776}  # t at 97.5 %, by degrees of freedom
 
 
 def main() -> None:
@@ -42,7 +46,7 @@ def main() -> None:
             model = train_model(ARMS[arm], train, args, seed)
             losses[arm].append(measure(model, held, train[: args.calibration_rows]))
             topk, causal = losses[arm][-1]
-            print(f"seed {seed} {arm:<10} top-k {topk:.4f} causal {causal:.4f}", flush=True)
+            print(f"seed {seed} {arm:<18} top-k {topk:.4f} causal {causal:.4f}", flush=True)
     text = report(losses, train, args)
     print(text)
     if args.write:
@@ -132,17 +136,23 @@ def report(losses: dict[str, list[tuple[float, float]]], train: torch.Tensor, ar
     for i, seed in enumerate(args.seeds):
         cells = [f"{losses[arm][i][j]:.4f}" for arm in args.arms for j in range(len(suffixes(arm)))]
         lines.append(f"| {seed} | " + " | ".join(cells) + " |")
-    for j, name in enumerate(("top-k", "causal rule") if {"learned", "stochastic"} <= set(args.arms) else ()):
-        gains = [b[j] - a[j] for a, b in zip(losses["learned"], losses["stochastic"], strict=True)]
-        spread = f", standard deviation {statistics.stdev(gains):.4f}" if len(gains) > 1 else ""
-        lines += ["", f"Learned routing ({name}) is better than stochastic by {statistics.fmean(gains):.4f}{spread}."]
+    for arm in (arm for arm in args.arms if arm.startswith("learned") and "stochastic" in args.arms):
+        for j, rule in enumerate(("top-k", "causal rule")):
+            gains = [b[j] - a[j] for a, b in zip(losses[arm], losses["stochastic"], strict=True)]
+            mean, n = statistics.fmean(gains), len(gains)
+            interval = ""
+            if n > 1:
+                half = STUDENT.get(n - 1, 2.0) * statistics.stdev(gains) / math.sqrt(n)
+                interval = f" (95 % interval {mean - half:+.4f} to {mean + half:+.4f})"
+            lines += ["", f"Stochastic minus {arm}, {rule}: {mean:+.4f}{interval}."]
     command = f"--steps {args.steps} --batch {args.batch} --width {args.width} --layers {args.layers}"
     lines += ["", f"Made by `python benchmarks/mod_from_scratch.py --text ... {command} --write`."]
     return "\n".join(lines) + "\n"
 
 
 def suffixes(arm: str) -> tuple[str, ...]:
-    return (", top-k", ", causal") if arm == "learned" else ("",)
+    """Both losses where they differ."""
+    return (", top-k", ", causal") if arm.startswith("learned") else ("",)
 
 
 def arguments() -> argparse.Namespace:

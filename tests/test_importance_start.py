@@ -92,7 +92,7 @@ def test_it_may_be_repeated_and_keeps_the_training_mode():
         ({"inference_rule": "predictor"}, {}, "`inference_rule` is 'predictor'"),
         ({}, {"share": 1.0}, "`share` is 1.0, but must be between 0 and 1"),
         ({"capacity": 1.0}, {}, "`share` is 1.0"),
-        ({}, {"batches": []}, "hold no token"),
+        ({}, {"batches": []}, "hold no token behind the first 1 of a row"),
     ],
 )
 def test_what_cannot_be_started_is_refused(fields, arguments, message):

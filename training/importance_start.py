@@ -58,8 +58,11 @@ def start_by_importance(
     if not 0 < wanted < 1:
         raise ValueError(f"`share` is {wanted}, but must be between 0 and 1: the mean capacity of the routed layers.")
     batches = [ids.to(model.device) for ids in batches]
-    if not sum(ids.numel() for ids in batches):
-        raise ValueError("The batches hold no token: give some text.")
+    if not sum(ids[:, config.always_route_first :].numel() for ids in batches):
+        raise ValueError(
+            f"The batches hold no token behind the first {config.always_route_first} of a row, which always enter: "
+            "give longer rows."
+        )
     states, importance = _measure(model, batches)
     fits = [_fit(x, y, ridge) for x, y in zip(states, importance, strict=True)]
     scores = torch.stack([fit[2] for fit in fits])
@@ -83,12 +86,14 @@ def _measure(model: PreTrainedModel, batches: list[torch.Tensor]) -> tuple[list[
     """States of shape `(tokens, hidden_size)` per router, and importances of shape `(routers, tokens)`."""
     config: Any = model.config
     routers: nn.Module = model.model.routers
+    # tokens that always enter need no score, and the first of a row would stretch the scale of the states
+    first = config.always_route_first
     states: list[list[torch.Tensor]] = [[] for _ in range(config.num_routers)]
     found: list[list[torch.Tensor]] = [[] for _ in range(config.num_routers)]
     probes: list[torch.Tensor] = []
 
     def watch(module: nn.Module, args: tuple, output: torch.Tensor) -> torch.Tensor:
-        states[args[1]].append(args[0].detach().float().flatten(0, 1).cpu())
+        states[args[1]].append(args[0][:, first:].detach().float().flatten(0, 1).cpu())
         probes.append(torch.zeros_like(output, requires_grad=True))
         return probes[-1]
 
@@ -110,7 +115,7 @@ def _measure(model: PreTrainedModel, batches: list[torch.Tensor]) -> tuple[list[
                 nn.functional.cross_entropy(logits, drawn, reduction="sum").backward()
             for router, probe in enumerate(probes):
                 assert probe.grad is not None
-                found[router].append((probe.grad / SLOPE_AT_ZERO).square().flatten().cpu())
+                found[router].append((probe.grad[:, first:] / SLOPE_AT_ZERO).square().flatten().cpu())
     finally:
         handle.remove()
         config.router_thresholds, config.compute, config.capacity, was_training = before
