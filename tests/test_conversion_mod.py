@@ -86,6 +86,7 @@ def test_unrolling_gives_the_source_back(family, source_of, tmp_path):
     "fields",
     [
         {"gate": "one_plus_tanh", "router_bias": True},
+        {"router_bias": False, "routing_unit": "mlp"},
         {"inference_rule": "predictor"},
         {"inference_rule": "ema_threshold", "capacity_warmup_steps": 5},
         {"capacity": [1.0, 0.25], "routed_layers": [1, 3], "inference_rule": "threshold"},
@@ -161,7 +162,7 @@ def test_defaults(source_of, tmp_path):
     source = source_of("llama")
     config = convert(source, None, to="mod", dry_run=True, quiet=True).config
     assert (config.routing_unit, config.gate, config.always_route_first) == ("attention", "straight_through", 1)
-    assert (config.routed_layers, config.capacities, config.router_bias) == ([1], [0.5], False)
+    assert (config.routed_layers, config.capacities) == ([1], [0.5])
     random = convert(source, tmp_path / "mod", to="mod", router_init="random", quiet=True)
     assert random.config.gate == "raw" and any("train before use" in note for note in random.plan.notes)
     weight = load_file(tmp_path / "mod" / "model.safetensors")["model.routers.weight"]
