@@ -345,3 +345,13 @@ def test_the_wanted_compute_of_decoder_layers():
     assert half.attention / whole.attention == pytest.approx(0.5 * 251 / 501)
     with pytest.raises(ValueError, match="3 numbers in `entered`"):
         expected_flops(config, shares=[1.0] * 3)
+
+
+def test_the_rule_of_the_paper_counts_whole_layers():
+    config = mod("360M", capacity=0.125)
+    dense = paper_flops_per_token(smollm("360M"))
+    linear = 2 * (4 * 960 * 960 + 3 * 960 * 2560)
+    left = 16 * (linear * 0.875 + 2 * 960 * 2048 * (1 - 0.125**2))
+    assert paper_flops_per_token(config) == pytest.approx(dense - left)
+    with pytest.raises(ValueError, match="`routing_unit` is 'mlp', but the paper's rule only counts whole layers"):
+        paper_flops_per_token(mod("360M", routing_unit="mlp"))
