@@ -83,7 +83,7 @@ def _with_defaults(recipe: Recipe, source: SourceCheckpoint) -> Recipe:
     # every other layer between a dense first and a dense last one
     defaults: dict[str, Any] = {"routed_layers": list(range(1, depth - 1, 2)) or [depth - 1], **DEFAULTS}
     if recipe.router_init == "on":
-        defaults["gate"] = "straight_through"
+        defaults |= {"gate": "straight_through", "router_bias": True}
         if recipe.fields.get("gate") == "raw":
             raise ConversionError(
                 "`gate` is 'raw', but `router_init: on` starts with routers of zero, whose raw gate shuts every layer "
