@@ -9,7 +9,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from real_text import save_source, source_config, text_blocks
 from transformers import AutoModelForCausalLM, LlamaForCausalLM, Trainer, TrainingArguments
 
-from varidepth import MoRConfig, MoRForCausalLM
+from varidepth import MoDConfig, MoDForCausalLM, MoRConfig, MoRForCausalLM
 from varidepth.conversion.convert import convert
 from varidepth.training.distillation import DistillationTrainer
 from varidepth.training.time_limit import TimeLimitCallback
@@ -18,6 +18,7 @@ from varidepth.training.time_limit import TimeLimitCallback
 EXPERT = {"capacities": [1.0, 0.5], "aux_loss_coef": 0.1, "router_z_loss_coef": 0.01}
 # the product of means of the balancing loss belongs to a whole batch: no sum over micro-batches can equal it
 TOKEN = {"routing": "token_choice", "balancing": "loss_free", "balancing_update_rate": 0.0, "router_z_loss_coef": 0.01}
+MOD = {"capacity": 0.5, "aux_loss_coef": 0.1, "router_z_loss_coef": 0.01}
 MODES = {
     "expert": EXPERT,
     "expert-shared": {**EXPERT, "kv_mode": "shared"},
@@ -25,6 +26,9 @@ MODES = {
     "expert-predictor": {**EXPERT, "inference_rule": "predictor"},
     "token": TOKEN,
     "token-shared": {**TOKEN, "kv_mode": "shared"},
+    "mod": MOD,
+    "mod-attention-predictor": {**MOD, "routing_unit": "attention", "inference_rule": "predictor"},
+    "mod-mlp-masked": {**MOD, "routing_unit": "mlp", "training_path": "masked", "gate": "sigmoid"},
 }
 LENGTHS = (20, 6, 13, 9)
 
@@ -34,9 +38,12 @@ def model(request):
     return build(**request.param)
 
 
-def build(**fields) -> MoRForCausalLM:
+def build(**fields) -> MoRForCausalLM | MoDForCausalLM:
     torch.manual_seed(0)
-    built = MoRForCausalLM(MoRConfig.from_backbone(source_config(), num_recursions=2, **fields))
+    if "capacity" in fields:
+        built = MoDForCausalLM(MoDConfig.from_backbone(source_config(), **fields))
+    else:
+        built = MoRForCausalLM(MoRConfig.from_backbone(source_config(), num_recursions=2, **fields))
     with torch.no_grad():
         for router in built.model.routers.parameters():
             router.normal_(std=0.5)
@@ -91,8 +98,11 @@ def test_checkpointing_changes_no_gradient(model, reentrant):
     loss, plain = gradients(model, [batch])
     model.gradient_checkpointing_enable({"use_reentrant": reentrant})
     model.enable_input_require_grads()
-    if reentrant and model.config.kv_mode == "shared":
-        # its keys and values reach the deeper recursions beside the block's inputs
+    beside = (
+        getattr(model.config, "kv_mode", "") == "shared" or getattr(model.config, "routing_unit", "block") != "block"
+    )
+    if reentrant and beside:
+        # shared keys and values, and the gates of parts, reach the layers beside their inputs
         with pytest.raises(ValueError, match="use_reentrant"):
             gradients(model, [batch])
         return
@@ -123,6 +133,18 @@ def converted(tmp_path_factory):
     source = save_source(folder / "source")
     convert(source, folder / "mor", num_recursions=2, quiet=True)
     return source, folder / "mor"
+
+
+@pytest.fixture(scope="module")
+def mod_checkpoint(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("mod")
+    build(**MOD, gate="one_plus_tanh").save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(params=["mor", "mod"])
+def checkpoint(request, converted, mod_checkpoint):
+    return converted[1] if request.param == "mor" else mod_checkpoint
 
 
 BLOCKED = """
@@ -168,8 +190,8 @@ def logits_of(model):
         return model.eval()(input_ids=text_blocks().blocks[:2, :24]).logits
 
 
-def test_trainer_trains_saves_and_loads(converted, tmp_path):
-    model = AutoModelForCausalLM.from_pretrained(converted[1])
+def test_trainer_trains_saves_and_loads(checkpoint, tmp_path):
+    model = AutoModelForCausalLM.from_pretrained(checkpoint)
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     trainer = Trainer(model=model, args=arguments(tmp_path, max_steps=8), train_dataset=text_blocks())
     trainer.train()
@@ -185,8 +207,8 @@ def test_trainer_trains_saves_and_loads(converted, tmp_path):
     check_reload_without_varidepth(tmp_path / "trained", "model", model, tmp_path)
 
 
-def test_lora_with_trained_routers(converted, tmp_path):
-    base = AutoModelForCausalLM.from_pretrained(converted[1])
+def test_lora_with_trained_routers(checkpoint, tmp_path):
+    base = AutoModelForCausalLM.from_pretrained(checkpoint)
     lora = LoraConfig(
         r=4,
         target_modules=["q_proj", "v_proj"],
@@ -204,7 +226,7 @@ def test_lora_with_trained_routers(converted, tmp_path):
 
     model.save_pretrained(tmp_path / "adapter")
     assert not list((tmp_path / "adapter").glob("modeling_*.py"))
-    fresh = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(converted[1]), tmp_path / "adapter")
+    fresh = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(checkpoint), tmp_path / "adapter")
     assert torch.equal(logits_of(fresh), logits_of(model))
     check_reload_without_varidepth(tmp_path / "adapter", "adapter", model, tmp_path)
 
@@ -250,6 +272,25 @@ def test_trainer_accumulates_exactly(kind, tmp_path):
         ).train()
         found.append(seen)
     assert_same_gradients(found[1], found[0])
+
+
+@pytest.mark.parametrize("mode", ["expert", "mod"])
+def test_label_smoothing_still_trains_the_routers(mode, tmp_path):
+    """Trainer then makes the loss outside of the model, which sees no labels."""
+    batch = ragged_batch()
+    known = {name: batch[name] for name in ("input_ids", "attention_mask")}
+    model = build(**MODES[mode])
+    Trainer(model=model, args=arguments(tmp_path, label_smoothing_factor=0.1)).compute_loss(model, batch).backward()
+    found = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+    labels, model = ragged_batch()["labels"][:, 1:], build(**MODES[mode])
+    model.router_loss_scale.outside = 0.0
+    log_probabilities = model(**known).logits[:, :-1].log_softmax(-1)[labels != -100]
+    right = log_probabilities.gather(1, labels[labels != -100][:, None])
+    (-0.9 * right.mean() - 0.1 * log_probabilities.mean()).backward()
+    model.model(**known, adds_router_loss=True).aux_loss.backward()
+    expected = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    assert_same_gradients(found, expected)
 
 
 def pad_rows(rows):
