@@ -42,7 +42,9 @@ PLACES = {
     "suite_plugin.py": "conftest.py",
     "skips.py": "skips.py",
     "vanilla_cases.py": "tests/models/test_vanilla.py",
+    "steady_routing.py": "tests/steady_routing.py",
     "mor_cases.py": "tests/models/test_mor.py",
+    "mod_cases.py": "tests/models/test_mod.py",
 }
 INI = "[pytest]\naddopts = -p no:cacheprovider\nfilterwarnings =\n    ignore\n"
 
