@@ -72,6 +72,7 @@ class AttentionContext:
         # made before any layer has written to the cache, whose length they are sized by
         slots = dense_slots.items()
         self._dense_masks = {kind: self._make_dense_mask(kind, slot, explicit=False) for kind, slot in slots}
+        self._selection_of_all: Selection | None = None
         self._explicit_masks: dict[str, torch.Tensor] = {}
         if reads_dense_keys and not self.is_static:
             self._explicit_masks = {kind: self._make_dense_mask(kind, slot, explicit=True) for kind, slot in slots}
@@ -105,8 +106,15 @@ class AttentionContext:
             return None
         return torch.nn.functional.pad(restarts.cumsum(1), (1, 0)).expand(self.batch_size, -1)
 
-    def first_tokens(self, count: int) -> torch.Tensor:
-        """Which new tokens are among the first `count` of their row or document, of shape `(batch, seq_len)`."""
+    def first_tokens(self, count: int) -> torch.Tensor | None:
+        """Which new tokens are among the first `count` of their row or document, of shape `(batch, seq_len)`.
+
+        `None` where it is known that none is.
+        """
+        if not self.is_static and self.seen >= count:
+            past = self.padding[:, : self.seen] if self.padding is not None else None
+            if past is None or bool((past.sum(dim=1) >= count).all()):
+                return None
         if self.documents is not None:
             starts = torch.nn.functional.pad(self.documents.diff(dim=1), (1, 0), value=1).bool()
             columns = self.columns.expand_as(self.documents)
@@ -133,9 +141,25 @@ class AttentionContext:
         """The mask of a layer that every token enters, as the vanilla model makes it."""
         return self._dense_masks[kind]
 
+    def select(self, active: torch.Tensor) -> Selection | None:
+        """The selection of the tokens where `active`, of shape `(batch, seq_len)`, is True; `None` for none.
+
+        The one place where routing waits for the device: work can only be skipped once the counts are known.
+        """
+        counts = [int(active)] if active.numel() == 1 else active.sum(dim=1).tolist()
+        if not any(counts):
+            return None
+        if min(counts) < self.seq_len:
+            return Selection.of_some(active, counts)
+        if self._selection_of_all is None:
+            self._selection_of_all = Selection.of_all(self.batch_size, self.seq_len, active.device)
+        return self._selection_of_all
+
     def selected_rotary(self, kind: str, selection: Selection) -> tuple[torch.Tensor, torch.Tensor]:
         """Cosines and sines at the selected tokens, each of shape `(rows, k, rotary_dim)`."""
         cos, sin = self.rotary[kind]
+        if selection.full:
+            return cos, sin
         cos, sin = (selection.gather(part.expand(self.batch_size, -1, -1)) for part in (cos, sin))
         return cos, sin
 

@@ -53,7 +53,7 @@ class DepthIndex:
         else:
             starts = torch.tensor([before[row] for row in rows], device=device)
             where = starts[:, None] + torch.arange(k, device=device)
-        new_columns = columns[selection.index]
+        new_columns = selection.pick_columns(columns)
         self.lengths = [length + count for length, count in zip(before, selection.counts, strict=True)]
         kv_length = max(self.lengths[row] for row in rows)
         whole = selection.all_rows

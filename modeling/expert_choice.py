@@ -93,7 +93,8 @@ class ExpertChoice:
         self.step = step
         self.multiple = multiple
         self.forced = context.first_tokens(always_first) if always_first else None
-        self.by_running_mean = config.inference_rule == "ema_threshold" and config.compute is None
+        self.rule = config.inference_rule
+        self.by_running_mean = self.rule == "ema_threshold" and config.compute is None
         self.thresholds = [] if self.by_running_mean else [logit_threshold(t) for t in config.current_thresholds]
 
     def decide(
@@ -116,26 +117,29 @@ class ExpertChoice:
         Returns:
             The router's fp32 logits (0 where there is no candidate) and who enters, both of shape `(batch, seq_len)`.
         """
-        config, training = self.config, self.model.training
+        training = self.model.training
         logits = self._logits(self.model.routers, router, hidden_states, selection)
-        self.trace.record(router, logits.unsqueeze(-1), candidates)
         causal_logits = logits
-        if config.inference_rule == "predictor" and (training or not routed_pass.always):
+        if self.rule == "predictor" and (training or not routed_pass.always):
             causal_logits = self._logits(self.model.predictors, router, hidden_states.detach(), selection)
-        self.trace.record_decision(router, causal_logits, candidates)
+        if self.trace.mask is not None:
+            self.trace.record(router, logits.unsqueeze(-1), candidates)
+            self.trace.record_decision(router, causal_logits, candidates)
         if routed_pass.always:
             active = candidates
-        elif training or config.inference_rule == "topk":
+        elif training or self.rule == "topk":
             active = self.top_k(routed_pass, logits, candidates)
         else:
             threshold = self.model.threshold_ema[router] if self.by_running_mean else self.thresholds[router]
-            active = candidates & (causal_logits >= threshold)
+            active = causal_logits >= threshold
             if self.forced is not None:
-                active = active | (self.forced & candidates)
+                active = active | self.forced
+            if not (candidates is self.context.valid and self.context.all_valid):
+                active = active & candidates
         if training:
-            self.losses.add(membership_loss(causal_logits, active), candidates, config.aux_loss_coef)
-            self.losses.add(z_loss(logits.unsqueeze(-1)), candidates, config.router_z_loss_coef)
-            if config.inference_rule == "ema_threshold" and not routed_pass.always:
+            self.losses.add(membership_loss(causal_logits, active), candidates, self.config.aux_loss_coef)
+            self.losses.add(z_loss(logits.unsqueeze(-1)), candidates, self.config.router_z_loss_coef)
+            if self.rule == "ema_threshold" and not routed_pass.always:
                 self._follow_edge(router, logits, candidates, active)
         return logits, active
 

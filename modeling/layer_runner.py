@@ -228,7 +228,7 @@ class LayerRunner:
         self, group: LayerGroup, selection: Selection, shared: SharedKeyValues | None
     ) -> Attending:
         context = self.context
-        query_columns = context.columns[selection.index]
+        query_columns = selection.pick_columns(context.columns)
         plan = None
         if shared is None and self.cache is not None:
             slot_layer = self.cache.layers[group.slots[0]]

@@ -19,7 +19,7 @@ from .layer_runner import LayerGroup
 from .module_mixins import RoutedPart, route_part
 from .remote_code import register_class_names
 from .routed_model import RoutedForward, RoutedModel, RoutedPreTrainedModel
-from .token_routing import Selection, activate, apply_gate, uniform_noise
+from .token_routing import activate, apply_gate, uniform_noise
 
 
 class MoDPreTrainedModel(RoutedPreTrainedModel):
@@ -40,10 +40,12 @@ class DepthRouting(RoutedForward):
             always_first=config.always_route_first,
             multiple=config.capacity_multiple,
         )
+        self.gate, self.alpha = config.gate, config.router_alpha
         self.runner.recorder.state(hidden_states)
         *dense_before, dense_after = self.model.dense_groups
         for router, (dense, routed_pass) in enumerate(zip(dense_before, self.passes, strict=True)):
-            hidden_states = self.runner.run_dense(dense, hidden_states)
+            if dense.layers:
+                hidden_states = self.runner.run_dense(dense, hidden_states)
             hidden_states = self._run_routed(router, routed_pass, hidden_states)
         return self.runner.run_dense(dense_after, hidden_states)
 
@@ -57,8 +59,8 @@ class DepthRouting(RoutedForward):
         masked = (self.context.is_static or training) and not routed_pass.always
         if masked:
             # zero for tokens that stay out, with the gate's gradient in training
-            gate = torch.where(active, gate, gate - gate.detach())
-        selection = None if masked or routed_pass.always else Selection.from_mask(active)
+            gate = active.float() if gate is None else torch.where(active, gate, gate - gate.detach())
+        selection = None if masked or routed_pass.always else self.context.select(active)
         if routed_pass.unit != "block":
             part = RoutedPart(
                 routed_pass.unit, gate, None if routed_pass.always else active, selection, computes_all=masked
@@ -66,7 +68,7 @@ class DepthRouting(RoutedForward):
             return self.runner.run_part(group, hidden_states, part)
 
         def combine(output: torch.Tensor, pick) -> torch.Tensor:
-            return apply_gate("interpolate", pick(hidden_states), output, pick(gate))
+            return output if gate is None else apply_gate("interpolate", pick(hidden_states), output, pick(gate))
 
         if routed_pass.always:
             return self.runner.run_dense(group, hidden_states, combine)
@@ -79,19 +81,21 @@ class DepthRouting(RoutedForward):
 
     def _decide(
         self, router: int, routed_pass: RoutedPass, hidden_states: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Gates, fp32, and who enters, both of shape `(batch, seq_len)`."""
-        config, valid = self.config, self.context.valid
-        if config.routing == "expert_choice":
+    ) -> tuple[torch.Tensor | None, torch.Tensor]:
+        """Gates, fp32, `None` where all are 1, and who enters, both of shape `(batch, seq_len)`."""
+        valid = self.context.valid
+        if self.config.routing == "expert_choice":
             logits, active = self.choice.decide(router, routed_pass, hidden_states, valid)
-            return activate(logits, config.gate, config.router_alpha), active
-        gate = torch.ones_like(valid, dtype=torch.float32)
+            if self.gate == "straight_through" and not torch.is_grad_enabled():
+                return None, active
+            return activate(logits, self.gate, self.alpha), active
         if routed_pass.always:
-            return gate, valid
+            return None, valid
         if self.model.training:
-            return gate, self.choice.top_k(routed_pass, torch.randn_like(gate), valid)
+            noise = torch.randn(valid.shape, device=valid.device)
+            return None, self.choice.top_k(routed_pass, noise, valid)
         active = valid & (uniform_noise(self.context.position_ids, router) < routed_pass.share)
-        return gate, active if self.choice.forced is None else active | self.choice.forced
+        return None, active if self.choice.forced is None else active | self.choice.forced
 
 
 def _group(*layers: int) -> LayerGroup:

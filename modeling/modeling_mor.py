@@ -137,7 +137,7 @@ class Recursion(RoutedForward):
                 group, hidden_states, active, _kept_where_inactive(active, hidden_states, combine), shared
             )
         else:
-            selection = Selection.from_mask(active)
+            selection = self.context.select(active)
             if selection is None:
                 return True, None, hidden_states
             hidden_states = self.runner.run_selected(group, hidden_states, selection, combine, shared)

@@ -60,14 +60,15 @@ class RoutedPart:
 
     Attributes:
         unit: `attention` or `mlp`.
-        gate (`torch.Tensor` of shape `(batch, seq_len)`): fp32; 0 for tokens that are computed but do not enter.
+        gate (`torch.Tensor` of shape `(batch, seq_len)`):
+            fp32; 0 for tokens that are computed but do not enter; `None` for a gate of 1.
         active (`torch.BoolTensor` of shape `(batch, seq_len)`): the entering tokens; `None` for all.
         selection: the entering tokens, gathered; `None` where all tokens are computed, or none.
         computes_all: all tokens are computed, and the gate drops the output of those that do not enter.
     """
 
     unit: str
-    gate: torch.Tensor
+    gate: torch.Tensor | None
     active: torch.Tensor | None = None
     selection: Selection | None = None
     computes_all: bool = False
@@ -83,11 +84,11 @@ class RoutedPart:
     def leave(self, output: torch.Tensor) -> torch.Tensor:
         """Output at full length, zero for tokens that did not enter."""
         if self.selection is not None and not self.selection.full:
-            return self.selection.scatter(output.new_zeros(*self.gate.shape, output.shape[-1]), output)
+            return self.selection.scatter(output.new_zeros(*self.active.shape, output.shape[-1]), output)
         return output
 
     def gated(self, output: torch.Tensor) -> torch.Tensor:
-        return output * self.gate.unsqueeze(-1).to(output.dtype)
+        return output if self.gate is None else output * self.gate.unsqueeze(-1).to(output.dtype)
 
 
 class _RoutedAttention:

@@ -29,35 +29,36 @@ class Selection:
     full: bool
 
     @classmethod
-    def from_mask(cls, active: torch.Tensor) -> "Selection | None":
-        """Builds the selection of the tokens where `active`, of shape `(batch, seq_len)`, is True; `None` for none.
+    def of_all(cls, batch_size: int, seq_len: int, device: torch.device) -> "Selection":
+        """The selection of every token."""
+        index = torch.arange(seq_len, device=device).expand(batch_size, -1)
+        return cls(torch.arange(batch_size, device=device), index, None, [seq_len] * batch_size, full=True)
 
-        The one place where routing waits for the device: work can only be skipped once the counts are known.
+    @classmethod
+    def of_some(cls, active: torch.Tensor, counts: list[int]) -> "Selection":
+        """The selection of the tokens where `active`, of shape `(batch, seq_len)`, is True: some, but not all.
+
+        Args:
+            counts: how many they are in each row.
         """
-        batch_size, seq_len = active.shape
-        counts = active.sum(dim=1).tolist()
-        k = max(counts, default=0)
-        if k == 0:
-            return None
-        device = active.device
+        batch_size, device, k = active.shape[0], active.device, max(counts)
         filled = [row for row, count in enumerate(counts) if count]
-        rows = torch.arange(batch_size, device=device)
         if len(filled) < batch_size:
             rows = torch.tensor(filled, device=device)
             active = active[rows]
-        if k == seq_len:
-            index = torch.arange(seq_len, device=device).expand(len(filled), -1)
-            if min(counts[row] for row in filled) < seq_len:
-                index = _entering_first(active, k)
         else:
-            index = _entering_first(active, k)
+            rows = torch.arange(batch_size, device=device)
+        index = active.to(torch.uint8).argsort(dim=1, descending=True, stable=True)[:, :k]
         ragged = any(counts[row] != k for row in filled)
-        valid = active.gather(1, index) if ragged else None
-        return cls(rows, index, valid, counts, full=len(filled) == batch_size and not ragged and k == seq_len)
+        return cls(rows, index, active.gather(1, index) if ragged else None, counts, full=False)
 
     @property
     def all_rows(self) -> bool:
         return len(self.counts) == self.rows.shape[0]
+
+    def pick_columns(self, columns: torch.Tensor) -> torch.Tensor:
+        """Columns of the selected tokens: `(seq_len,)` -> `(rows, k)`."""
+        return columns.expand(len(self.counts), -1) if self.full else columns[self.index]
 
     def gather(self, tokens: torch.Tensor) -> torch.Tensor:
         """Picks the selected tokens: `(batch, seq_len, ...)` -> `(rows, k, ...)`."""
@@ -72,10 +73,6 @@ class Selection:
             valid = self.valid.reshape(*self.valid.shape, *([1] * (update.ndim - 2)))
             update = torch.where(valid, update, self.gather(tokens))
         return tokens.index_put((self.rows[:, None], self.index), update)
-
-
-def _entering_first(active: torch.Tensor, k: int) -> torch.Tensor:
-    return active.to(torch.uint8).argsort(dim=1, descending=True, stable=True)[:, :k]
 
 
 class RouterBank(nn.Module):
@@ -109,12 +106,14 @@ class RouterBank(nn.Module):
 
     def forward(self, hidden_states: torch.Tensor, router: int) -> torch.Tensor:
         """Logits of one router: `(..., hidden_size)` -> fp32 `(..., num_outputs)`."""
-        with torch.autocast(hidden_states.device.type, enabled=False):
-            hidden_states = hidden_states.float()
-            if self.expand_weight is not None:
-                hidden_states = F.gelu(F.linear(hidden_states, self.expand_weight[router].float()))
-            bias = None if self.bias is None else self.bias[router].float()
-            return F.linear(hidden_states, self.weight[router].float(), bias)
+        if torch.is_autocast_enabled(hidden_states.device.type):
+            with torch.autocast(hidden_states.device.type, enabled=False):
+                return self.forward(hidden_states, router)
+        hidden_states = hidden_states.float()
+        if self.expand_weight is not None:
+            hidden_states = F.gelu(F.linear(hidden_states, self.expand_weight[router].float()))
+        bias = None if self.bias is None else self.bias[router].float()
+        return F.linear(hidden_states, self.weight[router].float(), bias)
 
 
 def top_k_membership(
