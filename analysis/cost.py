@@ -13,12 +13,9 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, NamedTuple
 
+from ..configuration.configuration_mor import ROUTER_TYPES
 from ..configuration.routed_config import RoutedPass
 from .family_shapes import attention_weights, family_shape, layer_parameters, layer_shape, mlp_weights, window_of
-
-
-# inner widths of routers, as multiples of the hidden size
-ROUTER_WIDTHS = {"linear": 0, "mlp": 2, "wide_mlp": 4}
 
 
 @dataclass(frozen=True)
@@ -79,7 +76,7 @@ def _num_routers(config: Any) -> int:
 def _bank_weights(config: Any) -> tuple[int, int]:
     """Weights of one router and of one predictor, 0 where there is none; half the FLOPs of each per token."""
     d, out = config.hidden_size, router_outputs(config)
-    inner = ROUTER_WIDTHS[getattr(config, "router_type", "linear")] * d
+    inner = ROUTER_TYPES[getattr(config, "router_type", "linear")] * d
     predictor_inner = getattr(config, "predictor_hidden_size", None) or inner
     router, predictor = (width * d + (width or d) * out for width in (inner, predictor_inner))
     has_predictors = config.routing == "expert_choice" and config.inference_rule == "predictor"

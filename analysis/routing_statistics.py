@@ -62,9 +62,7 @@ def top_k_members(config: Any, scores: torch.Tensor, valid: torch.Tensor) -> tor
     first = _first_tokens(config, valid)
     for number, routed_pass in enumerate(passes_of(config)):
         counts = capacity_counts(routed_pass.share, valid, multiple=getattr(config, "capacity_multiple", 1))
-        counts = counts.maximum(first.sum(dim=1, keepdim=True))
-        ranked = scores[..., number].masked_fill(first, float("inf"))
-        members[..., number] = top_k_membership(ranked, candidates[..., number], counts)
+        members[..., number] = top_k_membership(scores[..., number], candidates[..., number], counts, forced=first)
     return members
 
 

@@ -32,7 +32,7 @@ def _merged(*names: Iterable[str]) -> tuple[str, ...]:
 _CHOICES = {
     "sharing": SHARINGS,
     "routing": _merged(ROUTINGS, MOD_ROUTINGS),
-    "router_type": ROUTER_TYPES,
+    "router_type": tuple(ROUTER_TYPES),
     "router_activation": _merged(*ROUTER_ACTIVATIONS.values()),
     "gating": GATINGS,
     "gate": tuple(GATES),

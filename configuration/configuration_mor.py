@@ -11,7 +11,7 @@ from .routed_config import RoutedConfig, RoutedPass, check_capacities
 
 SHARINGS = ("cycle", "sequence", "middle_cycle", "middle_sequence")
 ROUTINGS = ("expert_choice", "token_choice", "none")
-ROUTER_TYPES = ("linear", "mlp", "wide_mlp")
+ROUTER_TYPES = {"linear": 0, "mlp": 2, "wide_mlp": 4}  # inner width as a multiple of the hidden size
 ROUTER_ACTIVATIONS = {"expert_choice": ("sigmoid", "tanh"), "token_choice": ("softmax", "sigmoid"), "none": ()}
 ROUTER_ALPHAS = {"expert_choice": 0.1, "token_choice": 1.0, "none": None}
 GATINGS = ("weighted", "additive", "interpolate")
@@ -157,7 +157,7 @@ class MoRConfig(RoutedConfig):
 
     def _resolve_routing(self) -> None:
         check_choice("routing", self.routing, ROUTINGS)
-        check_choice("router_type", self.router_type, ROUTER_TYPES)
+        check_choice("router_type", self.router_type, tuple(ROUTER_TYPES))
         check_choice("gating", self.gating, GATINGS)
         check_choice("balancing", self.balancing, BALANCINGS)
         check_choice("kv_mode", self.kv_mode, KV_MODES)

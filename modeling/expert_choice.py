@@ -150,14 +150,7 @@ class ExpertChoice:
         if self.model.training:
             capacity = warmed_up(capacity, self.step, config.capacity_warmup_steps)
         counts = capacity_counts(capacity, context.valid, context.documents, self.multiple)
-        if self.forced is not None:
-            scores = scores.masked_fill(self.forced, float("inf"))
-            first = self.forced.sum(dim=1, keepdim=True)
-            if context.documents is not None:
-                sizes = torch.zeros_like(context.documents).scatter_add_(1, context.documents, self.forced.long())
-                first = sizes.gather(1, context.documents)
-            counts = counts.maximum(first)
-        return top_k_membership(scores, candidates, counts, context.documents)
+        return top_k_membership(scores, candidates, counts, context.documents, self.forced)
 
     def _logits(
         self, bank: RouterBank, router: int, hidden_states: torch.Tensor, selection: Selection | None

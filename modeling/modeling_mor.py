@@ -12,7 +12,7 @@ import torch
 from transformers.generation import GenerationMixin
 
 from ..configuration.backbone_config import first_uses
-from ..configuration.configuration_mor import MoRConfig, RecursiveBlock
+from ..configuration.configuration_mor import ROUTER_TYPES, MoRConfig, RecursiveBlock
 from .depth_cache import SharedKeyValues
 from .expert_choice import ExpertChoice
 from .generation_guard import RoutedGenerationGuard
@@ -23,9 +23,6 @@ from .remote_code import register_class_names
 from .routed_model import RoutedForward, RoutedModel, RoutedPreTrainedModel
 from .router_loss import balancing_loss, z_loss
 from .token_routing import Selection, activate, apply_gate
-
-
-INNER_WIDTHS = {"linear": 0, "mlp": 2, "wide_mlp": 4}  # of routers, as multiples of the hidden size
 
 
 class MoRPreTrainedModel(RoutedPreTrainedModel):
@@ -184,7 +181,7 @@ class MoRModel(RoutedModel, MoRPreTrainedModel):
         self._begin_build(config, first_uses(config.physical_layers))
         self.blocks = [_layer_groups(block, config.num_recursions) for block in config.recursive_blocks]
         if config.routing != "none":
-            inner_size = INNER_WIDTHS[config.router_type] * config.hidden_size
+            inner_size = ROUTER_TYPES[config.router_type] * config.hidden_size
             outputs = 1 if config.routing == "expert_choice" else config.num_recursions
             self._build_routers(outputs, inner_size, inner_size)
         if config.routing == "token_choice" and config.balancing == "loss_free":

@@ -117,7 +117,11 @@ class RouterBank(nn.Module):
 
 
 def top_k_membership(
-    scores: torch.Tensor, candidates: torch.Tensor, counts: torch.Tensor, documents: torch.Tensor | None = None
+    scores: torch.Tensor,
+    candidates: torch.Tensor,
+    counts: torch.Tensor,
+    documents: torch.Tensor | None = None,
+    forced: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Membership of exactly `counts` tokens, the candidates of highest score; the earlier of equal ones.
 
@@ -127,10 +131,15 @@ def top_k_membership(
         counts (`torch.LongTensor` of shape `(batch, 1)`, or `(batch, seq_len)` with documents)
         documents (`torch.LongTensor` of shape `(batch, seq_len)`, *optional*):
             Tokens compete within their document only; ascending numbers below `seq_len`.
+        forced (`torch.BoolTensor` of shape `(batch, seq_len)`, *optional*):
+            Candidates that are members whatever they score, and take the place of others.
 
     Returns:
         `torch.BoolTensor` of shape `(batch, seq_len)`.
     """
+    if forced is not None:
+        scores = scores.masked_fill(forced, math.inf)
+        counts = counts.maximum(_count(forced, documents))
     order = scores.masked_fill(~candidates, -math.inf).argsort(dim=1, descending=True, stable=True)
     if documents is not None:
         order = order.gather(1, documents.gather(1, order).argsort(dim=1, stable=True))
@@ -157,14 +166,18 @@ def capacity_counts(
     Returns:
         `torch.LongTensor` of shape `(batch, 1)`, or `(batch, seq_len)` with documents: the count of each token's own.
     """
-    if documents is None:
-        lengths = valid.sum(dim=1, keepdim=True)
-    else:
-        lengths = torch.zeros_like(documents).scatter_add_(1, documents, valid.long()).gather(1, documents)
+    lengths = _count(valid, documents)
     counts = (lengths.double() * capacity).long().clamp(min=1)
     if multiple > 1:
         counts = (counts + multiple - 1) // multiple * multiple
     return counts.minimum(lengths)
+
+
+def _count(tokens: torch.Tensor, documents: torch.Tensor | None) -> torch.Tensor:
+    """How many of `tokens`, a mask, a row has, `(batch, 1)`, or the document of each token, `(batch, seq_len)`."""
+    if documents is None:
+        return tokens.sum(dim=1, keepdim=True)
+    return torch.zeros_like(documents).scatter_add_(1, documents, tokens.long()).gather(1, documents)
 
 
 def top_k_edge(scores: torch.Tensor, candidates: torch.Tensor, members: torch.Tensor) -> torch.Tensor:
