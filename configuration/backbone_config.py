@@ -132,7 +132,6 @@ class BackboneConfig(PreTrainedConfig):
                 setattr(self, key, value)
         # the parameter names are the family's; transformers does not write this to config.json
         self.base_model_tp_plan = family.base_model_tp_plan
-        self.base_model_ep_plan = getattr(family, "base_model_ep_plan", None)
         return {key: value for key, value in kwargs.items() if key in _METADATA | _BASE_FIELDS}
 
     def repeat_layer_fields(self, physical_layers: list[int]) -> None:

@@ -21,7 +21,7 @@ from .source_checkpoint import SourceCheckpoint
 from .tensor_source import TensorSource
 
 
-MEASURED_TOKENS = 2048
+MEASURED_TOKENS = 1024
 _BLOCK = 256
 _CHARACTERS_PER_TOKEN = 12  # more than any tokenizer packs into a token of prose
 _NOBODY, _EVERYBODY = 1.0, 0.0  # thresholds on sigmoid(logit)
