@@ -85,6 +85,18 @@ def test_compute_moves_along_the_curve(case):
     assert shares(model, ids) == [1.0] * len(model.config.routed_passes)
 
 
+def test_scores_far_below_zero_are_told_apart():
+    """As a membership loss leaves them that pushes most tokens out."""
+    torch.manual_seed(0)
+    config = MoDConfig.from_backbone(source_config(num_hidden_layers=4), capacity=0.4, router_bias=True)
+    model = MoDForCausalLM(config).eval()
+    with torch.no_grad():
+        model.model.routers.weight.normal_()
+        model.model.routers.bias.fill_(-60.0)
+    calibrate(model, [rows(32)])
+    assert shares(model, rows(32)) == pytest.approx([0.4, 0.4], abs=0.011)
+
+
 def test_another_compute_than_that_of_the_capacities():
     model, ids = build("mod-block"), rows()
     result = calibrate(model, ids.split(16), compute=0.9)
@@ -180,7 +192,7 @@ def test_routers_that_cannot_be_calibrated_are_refused():
     with torch.no_grad():
         tied.model.routers.weight[2] = 1e4 * torch.randn_like(tied.model.routers.weight[2])
         tied.model.routers.weight[2] *= 1e3
-    with pytest.raises(ValueError, match="beyond 30 a sigmoid cannot tell them apart"):
+    with pytest.raises(ValueError, match="above 30 a sigmoid cannot tell them apart"):
         calibrate(tied, [rows(8)])
 
 

@@ -26,7 +26,7 @@ POSITIONS = (0.05, 0.35, 0.7, 1.0, 1.5)
 LOWEST = 1.9
 TOLERANCE = 0.01  # of a pass's share
 CORRECTIONS = 2
-LARGEST_LOGIT = 30.0  # beyond it the sigmoid cannot tell scores apart
+LARGEST_LOGIT = 30.0  # above it the sigmoid is too close to 1 to tell scores apart; near 0 it can
 
 
 @dataclass(frozen=True)
@@ -277,12 +277,12 @@ def _thresholds(config: Any, run: _Measured, counts: list[int]) -> list[float]:
             edge = float(ranked[-1]) - 1 if count else float(ranked[0]) + 1
         else:
             edge = float(ranked[count - 1] + ranked[count]) / 2
-        if abs(edge) > LARGEST_LOGIT:
+        if edge > LARGEST_LOGIT:
             raise ValueError(
-                f"The scores of router {router} are about {edge:.0f} where tokens are to be parted, and beyond "
+                f"The scores of router {router} are about {edge:.0f} where tokens are to be parted, and above "
                 f"{LARGEST_LOGIT:.0f} a sigmoid cannot tell them apart; train longer, or scale the router's weights."
             )
-        thresholds.append(1 / (1 + math.exp(-edge)))
+        thresholds.append(1 / (1 + math.exp(min(-edge, 700.0))))
     return thresholds
 
 
