@@ -4,9 +4,9 @@
 
 Small models are trained from scratch on text, all arms of a seed on the same batches in the same order: `learned` and
 `stochastic` (the paper's control, section 3.3, whose tokens are drawn at random) process the same number of tokens in
-the same layers, `dense` processes all. `learned` has the paper's raw gate, which multiplies every update by a score
-that starts near zero; `learned, 1 + tanh` has a gate that starts at one, like that of `stochastic`. Held-out loss is
-measured with top-k routing and with the causal rule.
+the same layers, `dense` processes all. The causal rule is a predictor on detached inputs, or in `learned, auxiliary
+loss` a threshold on the score, whose cross-entropy also moves the model. Held-out loss is measured with top-k routing
+and with the causal rule.
 """
 
 import argparse
@@ -24,8 +24,8 @@ from varidepth.training.text_blocks import load_documents, split_documents
 
 ARMS = {
     "dense": {"routed_layers": []},
-    "learned": {"gate": "raw", "aux_loss_coef": 0.01},
-    "learned, 1 + tanh": {"gate": "one_plus_tanh", "aux_loss_coef": 0.01},
+    "learned": {"inference_rule": "predictor"},
+    "learned, auxiliary loss": {"inference_rule": "threshold", "aux_loss_coef": 0.01},
     "stochastic": {"routing": "stochastic"},
 }
 LENGTH = 256
@@ -46,7 +46,7 @@ def main() -> None:
             model = train_model(ARMS[arm], train, args, seed)
             losses[arm].append(measure(model, held, train[: args.calibration_rows]))
             topk, causal = losses[arm][-1]
-            print(f"seed {seed} {arm:<18} top-k {topk:.4f} causal {causal:.4f}", flush=True)
+            print(f"seed {seed} {arm:<24} top-k {topk:.4f} causal {causal:.4f}", flush=True)
     text = report(losses, train, args)
     print(text)
     if args.write:
@@ -146,6 +146,7 @@ def report(losses: dict[str, list[tuple[float, float]]], train: torch.Tensor, ar
                 interval = f" (95 % interval {mean - half:+.4f} to {mean + half:+.4f})"
             lines += ["", f"Stochastic minus {arm}, {rule}: {mean:+.4f}{interval}."]
     command = f"--steps {args.steps} --batch {args.batch} --width {args.width} --layers {args.layers}"
+    command += f" --vocabulary {args.vocabulary}"
     lines += ["", f"Made by `python benchmarks/mod_from_scratch.py --text ... {command} --write`."]
     return "\n".join(lines) + "\n"
 
