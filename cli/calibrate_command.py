@@ -9,8 +9,9 @@ from ..conversion.checkpoint_writer import check_output
 from ..conversion.config_update import copy_with_config
 from ..conversion.source_checkpoint import open_source
 from ..training.calibration import calibrate
-from ..training.text_blocks import load_documents, token_blocks
-from .checkpoint_loading import DTYPES, load_checkpoint
+from ..training.text_blocks import token_blocks
+from .checkpoint_loading import load_checkpoint
+from .text_arguments import add_text_arguments, read_documents
 
 
 # what calibration sets in a configuration
@@ -20,18 +21,12 @@ CALIBRATED_FIELDS = ("router_thresholds", "compute", "compute_curve")
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Checkpoint, text, compute and output."""
     parser.add_argument("checkpoint", help="folder or Hub id of a MoD or MoR with trained routers")
-    parser.add_argument("file", help="text file, .jsonl file, or folder of .txt files")
+    add_text_arguments(parser, window=256)
     parser.add_argument("-o", "--output", help="folder for the calibrated checkpoint (by default only the report)")
     spent = "wanted FLOPs of the decoder layers, 1.0 being all tokens in all layers (default: as the capacities say)"
     parser.add_argument("--compute", type=float, metavar="SHARE", help=spent)
-    parser.add_argument("--window", type=int, default=256, help="tokens per row (default: 256)")
-    parser.add_argument("--batch-size", type=int, default=4, help="rows per forward pass (default: 4)")
     parser.add_argument("--max-tokens", type=int, default=8192, help="tokens to read (default: 8192)")
-    parser.add_argument("--text-column", default="text", help="key of the text in a .jsonl file (default: text)")
-    parser.add_argument("--revision", help="branch, tag or commit of a Hub source")
-    parser.add_argument("--dtype", choices=DTYPES, help="type to compute in (default: float32 on a CPU)")
     parser.add_argument("--overwrite", action="store_true", help="replace a checkpoint in the output folder")
-    parser.add_argument("--json", action="store_true", help="print JSON")
 
 
 def run(args: argparse.Namespace) -> None:
@@ -40,15 +35,13 @@ def run(args: argparse.Namespace) -> None:
     Raises:
         ValueError: for a text or checkpoint that is unfit, a compute out of reach, or an output that is not free.
     """
-    if not Path(args.file).exists():
-        raise ValueError(f"The text {args.file!r} does not exist; give a text file or a folder of .txt files.")
     for name, least in (("window", 2), ("batch_size", 1), ("max_tokens", 2)):
         if getattr(args, name) < least:
             raise ValueError(f"`{name}` is {getattr(args, name)}, but must be at least {least}.")
     local = Path(args.checkpoint) if Path(args.checkpoint).exists() else None
     if args.output is not None:
         check_output(Path(args.output), local, overwrite=args.overwrite)
-    documents = load_documents(args.file, text_column=args.text_column)
+    documents = read_documents(args)
     model, tokenizer = load_checkpoint(args.checkpoint, revision=args.revision, dtype=args.dtype)
     rows = token_blocks(documents, tokenizer, length=args.window).blocks[: max(args.max_tokens // args.window, 1)]
     result = calibrate(model, rows.split(args.batch_size), compute=args.compute)

@@ -3,11 +3,10 @@
 import argparse
 import json
 import sys
-from pathlib import Path
 
 from ..analysis.perplexity import held_out_loss
-from ..training.text_blocks import load_documents
-from .checkpoint_loading import COMPUTE_HELP, DTYPES, load_checkpoint
+from .checkpoint_loading import COMPUTE_HELP, load_checkpoint
+from .text_arguments import add_text_arguments, read_documents
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -15,15 +14,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "checkpoint", help="folder or Hub id of a MoR or MoD, or of a vanilla model of a supported family"
     )
-    parser.add_argument("file", help="text file, .jsonl file, or folder of .txt files that the model has not seen")
-    parser.add_argument("--window", type=int, default=512, help="tokens per window (default: 512)")
-    parser.add_argument("--batch-size", type=int, default=4, help="windows per forward pass (default: 4)")
+    add_text_arguments(parser, window=512)
     parser.add_argument("--max-tokens", type=int, help="stop once this many tokens were predicted")
-    parser.add_argument("--text-column", default="text", help="key of the text in a .jsonl file (default: text)")
     parser.add_argument("--compute", type=float, metavar="SHARE", help=COMPUTE_HELP)
-    parser.add_argument("--revision", help="branch, tag or commit of a Hub source")
-    parser.add_argument("--dtype", choices=DTYPES, help="type to compute in (default: float32 on a CPU)")
-    parser.add_argument("--json", action="store_true", help="print JSON")
     parser.add_argument("--quiet", action="store_true", help="no progress bar")
 
 
@@ -33,9 +26,7 @@ def run(args: argparse.Namespace) -> None:
     Raises:
         ValueError: for a text that is missing or empty, or a checkpoint that cannot be read.
     """
-    if not Path(args.file).exists():
-        raise ValueError(f"The text {args.file!r} does not exist; give a text file or a folder of .txt files.")
-    documents = load_documents(args.file, text_column=args.text_column)
+    documents = read_documents(args)
     model, tokenizer = load_checkpoint(args.checkpoint, revision=args.revision, dtype=args.dtype, compute=args.compute)
     loss = held_out_loss(
         model,

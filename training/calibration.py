@@ -270,8 +270,8 @@ def _thresholds(config: Any, run: _Measured, counts: list[int]) -> list[float]:
         count = counts[router] - int((run.entered[:, router] & run.forced).sum())
         if len(ranked) > 1 and ranked[0] == ranked[-1]:
             raise ValueError(
-                f"The scores of router {router} are tied; train it, or call `start_routers` first, since no threshold "
-                "can tell such tokens apart."
+                f"The scores of router {router} are tied, and no threshold can tell such tokens apart; train it, or "
+                "start it with `start_routers` (MoR) or `start_by_importance` (MoD)."
             )
         if not 0 < count < len(ranked):
             edge = float(ranked[-1]) - 1 if count else float(ranked[0]) + 1

@@ -40,7 +40,7 @@ def start_by_importance(
 
     Returns:
         For each router the correlation of its logits with the logarithm of the measured importance. One measurement
-        is noisy: a perfect router would reach about 0.6.
+        is noisy, so that even a perfect router stays well below 1.
 
     Raises:
         ValueError: if the routers have no bias, the gate is not `straight_through` or the rule not `threshold`,
