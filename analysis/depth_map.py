@@ -104,8 +104,8 @@ def _depths(model: Any, ids: list[int], chunk_size: int) -> list[int]:
             # the logits of one position suffice: a head over a long text is most of the memory
             head = {"logits_to_keep": 1} if model.get_output_embeddings() is not None else {}
             with torch.no_grad():
-                output = model(columns, past_key_values=cache, use_cache=more, output_routing=True, **head)
-            cache = output.past_key_values if more else None
+                output = model(columns, cache=cache, use_cache=more, output_routing=True, **head)
+            cache = output.cache if more else None
             depths += output.token_depth[0].tolist()
     finally:
         model.train(was_training)

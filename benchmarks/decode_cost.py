@@ -29,6 +29,7 @@ from interleaved import (
 
 from varidepth import MoRConfig, MoRForCausalLM
 from varidepth.analysis.cost import RowRouting, forward_flops, full_routing
+from varidepth.modeling.cache_naming import CACHE
 
 
 ALL_TARGET, HALF_TARGET = 1.05, 1.10
@@ -95,7 +96,7 @@ def measure(
 
 def _decoding(model: Any, token: torch.Tensor, past: int) -> Callable[[int], Any]:
     cache = filled_cache(model, past)
-    return lambda step: model(token, past_key_values=cache, use_cache=True, logits_to_keep=1)
+    return lambda step: model(token, use_cache=True, logits_to_keep=1, **{CACHE: cache})
 
 
 def table(rows: list[Contender], seconds: list[list[float]], head_seconds: list[float], past: int) -> list[str]:

@@ -17,6 +17,8 @@ import torch
 import transformers
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 
+from varidepth.modeling.cache_naming import CACHE
+
 
 # SmolLM2-135M
 SHAPE: dict[str, Any] = {
@@ -54,7 +56,7 @@ def random_ids(tokens: int, seed: int = 1) -> torch.Tensor:
 def filled_cache(model: Any, past: int) -> Any:
     """The model's cache behind a prompt of `past` tokens."""
     cache = DynamicCache(config=model.config)
-    model(random_ids(past), past_key_values=cache, use_cache=True, logits_to_keep=1)
+    model(random_ids(past), use_cache=True, logits_to_keep=1, **{CACHE: cache})
     return cache
 
 

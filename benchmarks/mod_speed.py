@@ -34,6 +34,7 @@ from interleaved import (
 from varidepth import MoDConfig, MoDForCausalLM
 from varidepth.analysis.cost import FlopCount, RowRouting, forward_flops, full_routing
 from varidepth.analysis.routing_statistics import measured_routing
+from varidepth.modeling.cache_naming import CACHE
 
 
 FITTING_TOKENS, FITTING_ROUNDS = 512, 4
@@ -88,7 +89,7 @@ def routed(share: float, layers: list[int] | None, unit: str) -> Any:
 
 def decoding(row: Contender, past: int, ids: torch.Tensor) -> Callable[[int], Any]:
     """One step: the next of `ids`, behind `past` tokens and the ids before."""
-    call = partial(row.model, past_key_values=filled_cache(row.model, past), use_cache=True, logits_to_keep=1)
+    call = partial(row.model, use_cache=True, logits_to_keep=1, **{CACHE: filled_cache(row.model, past)})
     return lambda step: call(ids[:, step : step + 1])
 
 
@@ -107,8 +108,8 @@ def decode_routings(row: Contender, past: int, ids: torch.Tensor) -> list[RowRou
     output = row.model(random_ids(past), use_cache=True, output_routing=True, logits_to_keep=1)
     routings = measured_routing(output)
     for step in range(ids.shape[1]):
-        cache = output.past_key_values
-        output = row.model(ids[:, step : step + 1], past_key_values=cache, use_cache=True, output_routing=True)
+        cache = output.cache
+        output = row.model(ids[:, step : step + 1], cache=cache, use_cache=True, output_routing=True)
         routings += measured_routing(output, routings[-1:])
     return routings[1 + WARM_UP :]
 

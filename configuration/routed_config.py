@@ -55,7 +55,7 @@ class RoutedConfig(BackboneConfig):
     """
 
     keys_to_ignore_at_inference = [
-        "past_key_values", "aux_loss", "routing_mask", "router_logits", "decision_logits",
+        "cache", "past_key_values", "aux_loss", "routing_mask", "router_logits", "decision_logits",
     ]  # fmt: skip
     inference_rules: ClassVar[tuple[str, ...]] = ("threshold", "predictor", "topk")
 

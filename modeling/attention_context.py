@@ -11,6 +11,7 @@ from transformers.cache_utils import Cache
 from transformers.configuration_utils import PreTrainedConfig
 from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
 
+from .cache_naming import CACHE
 from .decoder_backbone import attention_kinds, rotary_embeddings, window_of
 from .token_routing import Selection
 
@@ -131,10 +132,10 @@ class AttentionContext:
             config=self.config,
             inputs_embeds=self.hidden_states,
             attention_mask=self.attention_mask,
-            past_key_values=self.cache,
             position_ids=self.position_ids,
             layer_idx=slot,
             allow_is_causal_skip=not explicit,
+            **{CACHE: self.cache},
         )
 
     def dense_mask(self, kind: str) -> torch.Tensor | None:

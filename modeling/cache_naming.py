@@ -3,6 +3,7 @@
 import functools
 from collections.abc import Callable
 from dataclasses import fields
+from operator import attrgetter
 from typing import Any, TypeVar
 
 from transformers.modeling_outputs import BaseModelOutputWithPast
@@ -41,3 +42,10 @@ def cache_argument(forward: _Forward) -> _Forward:
         return forward(self, *args, **kwargs)
 
     return renamed  # type: ignore[return-value]
+
+
+class NamedCache:
+    """Mixed into outputs: their cache can be read as `cache`, whatever their field is called."""
+
+    if CACHE != "cache":
+        cache = property(attrgetter(CACHE))

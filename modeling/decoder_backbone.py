@@ -17,6 +17,7 @@ from torch import nn
 from transformers.configuration_utils import PreTrainedConfig
 from transformers.modeling_utils import PreTrainedModel
 
+from .cache_naming import CACHE
 from .module_mixins import NoOpExperts, mix_in
 
 
@@ -175,7 +176,7 @@ class BackbonePreTrainedModel(PreTrainedModel):
 
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
-    _skip_keys_device_placement = ["past_key_values", "shared_kv"]
+    _skip_keys_device_placement = [CACHE, "shared_kv"]
     _no_split_modules = sorted({f"{family.prefix}DecoderLayer" for family in FAMILIES.values()})
     _can_compile_fullgraph = True
     _supports_attention_backend = True

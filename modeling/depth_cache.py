@@ -2,8 +2,8 @@
 
 `adopt_cache` replaces the routed slots of the stock cache that `generate` made. What the layers of one routed group
 (a block at one recursion) have in common, the columns and lengths of its rows, is kept once in a `DepthIndex`. For
-each forward pass the model makes a small view, and hands it to the decoder layers as `past_key_values`: attention
-modules stay unmodified and only call its `update`.
+each forward pass the model makes a small view, and hands it to the decoder layers as their cache: attention modules
+stay unmodified and only call its `update`.
 """
 
 from dataclasses import dataclass, field
@@ -354,9 +354,7 @@ class SharedReader:
         return keys[rows], values[rows]
 
 
-def adopt_cache(
-    cache: Cache | None, config: PreTrainedConfig, groups: list[list[int]], reading: set[int]
-) -> Cache | None:
+def adopt_cache(cache: Cache | None, config: PreTrainedConfig, groups: list[list[int]], reading: set[int]) -> None:
     """Prepares a stock cache for a routed model, in place: routed slots get layers that hold rows of unequal length.
 
     Args:
@@ -369,16 +367,16 @@ def adopt_cache(
         ValueError: for a quantized cache, and for one filled by another model.
     """
     if cache is None or getattr(cache, "_adopted_groups", None) == groups:
-        return cache
+        return
     if any(isinstance(layer, QuantizedLayer) for layer in cache.layers):
         raise ValueError(
-            "`past_key_values` is a quantized cache, which cannot hold rows of unequal length; use the default cache "
+            "`cache` is a quantized cache, which cannot hold rows of unequal length; use the default cache "
             "or cache_implementation='static'."
         )
     seen = int(cache.get_seq_length())
     if seen > 0:
         raise ValueError(
-            f"`past_key_values` has already seen {seen} tokens, but was not filled by this model: it does not "
+            f"`cache` has already seen {seen} tokens, but was not filled by this model: it does not "
             "know at which depths they are stored; start with an empty cache."
         )
     if cache.layer_class_to_replicate is not None:
@@ -386,7 +384,7 @@ def adopt_cache(
         cache.layer_class_to_replicate = None
     if len(cache.layers) != config.num_hidden_layers:
         raise ValueError(
-            f"`past_key_values` has {len(cache.layers)} layers, but the model needs one for each of its "
+            f"`cache` has {len(cache.layers)} layers, but the model needs one for each of its "
             f"{config.num_hidden_layers} unrolled layers; build the cache from the model's own config."
         )
     for group in groups:
@@ -402,7 +400,6 @@ def adopt_cache(
     for slot in reading:
         cache.layers[slot] = ReadingLayer()
     cache._adopted_groups = groups
-    return cache
 
 
 def _stream_length(cache: Cache) -> int:
@@ -411,8 +408,8 @@ def _stream_length(cache: Cache) -> int:
     length = getattr(cache, "stream_length", max(lengths, default=None))
     if length is None:
         raise ValueError(
-            "`past_key_values` is a static cache whose layers all slide, so that its length is unknown; let "
-            "`generate` make it with cache_implementation='static', or set `past_key_values.stream_length`."
+            "`cache` is a static cache whose layers all slide, so that its length is unknown; let "
+            "`generate` make it with cache_implementation='static', or set `cache.stream_length`."
         )
     return length
 

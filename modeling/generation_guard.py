@@ -7,16 +7,19 @@ import torch
 from transformers import GenerationConfig
 from transformers.generation import GenerationMixin
 
+from .cache_naming import CACHE, rename_cache
+
 
 class RoutedGenerationGuard:
     """Mixed into `XForCausalLM` of a routed architecture.
 
-    `generate` takes `compute`, an operating point of a calibrated model for this call. Everything else in it is
-    transformers' own.
+    `generate` takes `compute`, an operating point of a calibrated model for this call, and the cache under both of its
+    names. Everything else in it is transformers' own.
     """
 
     @functools.wraps(GenerationMixin.generate)
     def generate(self, *args: Any, compute: float | None = None, **kwargs: Any) -> Any:
+        rename_cache(kwargs, CACHE)
         # in evaluation mode also between training steps: routing in training looks at future tokens
         in_training = [module for module in self.modules() if module.training]
         before = self.config.compute
@@ -49,7 +52,7 @@ class RoutedGenerationGuard:
                 "a recursion short; pass a smaller model as `assistant_model`, or use `prompt_lookup_num_tokens`."
             )
         result = super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
-        cache = model_kwargs.get("past_key_values")
+        cache = model_kwargs.get(CACHE)
         if cache is not None and cache.is_compileable and hasattr(self, "_previous_max_cache_length"):
             cache.stream_length = self._previous_max_cache_length
         return result

@@ -13,12 +13,13 @@ from transformers.modeling_outputs import (
 )
 from transformers.utils import can_return_tuple
 
+from .cache_naming import CACHE, NamedCache, cache_argument
 from .decoder_backbone import family_of
 from .router_loss import attach_loss_hooks
 
 
 @dataclass
-class RoutingFields:
+class RoutingFields(NamedCache):
     """What `output_routing=True` adds to an output, and the router's losses.
 
     Args:
@@ -59,7 +60,7 @@ class RoutedSequenceClassifierOutputWithPast(RoutingFields, SequenceClassifierOu
     """A classifier's output with `RoutingFields`."""
 
 
-_COPIED = ("past_key_values", "hidden_states", "attentions", *(field.name for field in fields(RoutingFields)))
+_COPIED = (CACHE, "hidden_states", "attentions", *(field.name for field in fields(RoutingFields)))
 
 
 def _routing_fields(outputs: RoutedModelOutputWithPast) -> dict[str, Any]:
@@ -81,13 +82,14 @@ class CausalLMHead:
         attach_loss_hooks(self, model.router_loss_scale)
         self.post_init()
 
+    @cache_argument
     @can_return_tuple
     def forward(
         self,
         input_ids: torch.LongTensor | None = None,
         attention_mask: torch.Tensor | None = None,
         position_ids: torch.LongTensor | None = None,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         inputs_embeds: torch.FloatTensor | None = None,
         labels: torch.LongTensor | None = None,
         use_cache: bool | None = None,
@@ -104,7 +106,7 @@ class CausalLMHead:
             input_ids=input_ids,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=past_key_values,
+            cache=cache,
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
             output_routing=output_routing,
@@ -138,13 +140,14 @@ class SequenceClassificationHead:
         attach_loss_hooks(self, model.router_loss_scale, labels_are_tokens=False)
         self.post_init()
 
+    @cache_argument
     @can_return_tuple
     def forward(
         self,
         input_ids: torch.LongTensor | None = None,
         attention_mask: torch.Tensor | None = None,
         position_ids: torch.LongTensor | None = None,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         inputs_embeds: torch.FloatTensor | None = None,
         labels: torch.LongTensor | None = None,
         use_cache: bool | None = None,
@@ -160,7 +163,7 @@ class SequenceClassificationHead:
             input_ids,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=past_key_values,
+            cache=cache,
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
             adds_router_loss=labels is not None,

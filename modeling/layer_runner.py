@@ -14,6 +14,7 @@ from transformers.cache_utils import Cache
 from transformers.configuration_utils import PreTrainedConfig
 
 from .attention_context import AttentionContext
+from .cache_naming import CACHE
 from .depth_cache import DepthLayer, SharedKeyValues, SharedReader, SlotView, WritePlan
 from .module_mixins import RoutedPart
 from .token_routing import Selection
@@ -282,7 +283,7 @@ class LayerRunner:
     ) -> torch.Tensor:
         module = self.layers[layer]
         view = attending.view
-        kwargs["shared_kv" if isinstance(view, SharedKeyValues | SharedReader) else "past_key_values"] = view
+        kwargs["shared_kv" if isinstance(view, SharedKeyValues | SharedReader) else CACHE] = view
         mask, rotary = attending.inputs(self.context.kinds[slot])
         hook = None
         if self.recorder.attentions is not None:

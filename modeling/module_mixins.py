@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from .cache_naming import CACHE
 from .token_routing import Selection
 
 
@@ -19,7 +20,7 @@ def share_key_values(layers: list[nn.Module]) -> None:
     """Lets the attention of `layers` skip its key and value projections where it only reads them.
 
     The attention then takes the view of the shared keys and values as `shared_kv`: under gradient checkpointing a
-    decoder layer drops what it gets as `past_key_values`.
+    decoder layer drops what it gets as its cache.
     """
     for layer in layers:
         mix_in(layer.self_attn, _ReadingAttention)
@@ -163,7 +164,7 @@ class _ReadingAttention:
     def forward(self, hidden_states: torch.Tensor, *args: Any, shared_kv: Any = None, **kwargs: Any) -> Any:
         if shared_kv is None:
             return super().forward(hidden_states, *args, **kwargs)
-        kwargs["past_key_values"] = shared_kv
+        kwargs[CACHE] = shared_kv
         projections = [p for p in (self.k_proj, self.v_proj) if isinstance(p, _SkippableLinear)]
         for projection in projections:
             projection.skipped = shared_kv.reads

@@ -11,6 +11,7 @@ from transformers.utils.generic import merge_with_config_defaults
 
 from ..configuration.routed_config import RoutedConfig, RoutedPass
 from .attention_context import AttentionContext
+from .cache_naming import CACHE, cache_argument
 from .decoder_backbone import (
     BackbonePreTrainedModel,
     attention_kinds,
@@ -111,6 +112,7 @@ class RoutedModel:
         self.gradient_checkpointing = False
         self.post_init()
 
+    @cache_argument
     @merge_with_config_defaults
     @can_return_tuple
     def forward(
@@ -118,7 +120,7 @@ class RoutedModel:
         input_ids: torch.LongTensor | None = None,
         attention_mask: torch.Tensor | None = None,
         position_ids: torch.LongTensor | None = None,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         inputs_embeds: torch.FloatTensor | None = None,
         use_cache: bool | None = None,
         output_routing: bool = False,
@@ -143,12 +145,12 @@ class RoutedModel:
         check_attention(config, routed=not all(p.always or p.unit == "mlp" for p in passes))
         if self.training and self.gradient_checkpointing:
             self._check_checkpointing()
-            past_key_values = None
-        if use_cache and past_key_values is None and not self.training:
-            past_key_values = DynamicCache(config=config)
+            cache = None
+        if use_cache and cache is None and not self.training:
+            cache = DynamicCache(config=config)
         routed_slots = [list(p.slots) for p in passes if p.stores_partly]
         reading_slots = {slot for p in passes if not p.writes_kv for slot in p.slots}
-        cache = adopt_cache(past_key_values, config, routed_slots, reading_slots)
+        adopt_cache(cache, config, routed_slots, reading_slots)
         if inputs_embeds is None:
             inputs_embeds = self.embed_tokens(input_ids)
         scale_embeddings = family_of(config).scale_embeddings
@@ -187,13 +189,13 @@ class RoutedModel:
         trace = routing.trace
         return RoutedModelOutputWithPast(
             last_hidden_state=hidden_states,
-            past_key_values=past_key_values if use_cache else None,
             hidden_states=None if recorder.hidden_states is None else tuple(recorder.hidden_states),
             attentions=None if recorder.attentions is None else tuple(recorder.attentions),
             aux_loss=aux_loss,
             routing_mask=trace.mask,
             router_logits=None if trace.router_logits is None else trace.router_logits.flatten(-2),
             decision_logits=trace.decision_logits,
+            **{CACHE: cache if use_cache else None},
         )
 
     def _check_config(self) -> None:

@@ -20,6 +20,7 @@ from varidepth.analysis.family_shapes import FAMILY_SHAPES, window_of
 from varidepth.analysis.paper_flops import paper_flops_per_token, paper_training_flops, paper_training_steps
 from varidepth.configuration.configuration_mod import ROUTING_UNITS, MoDConfig
 from varidepth.configuration.configuration_mor import MoRConfig
+from varidepth.modeling.cache_naming import CACHE
 
 
 logging.set_verbosity_error()
@@ -136,8 +137,8 @@ def test_flops_of_a_vanilla_model_equal_those_counted(family):
     cache, routing = None, None
     for start, stop in ((0, 7), (7, 8), (8, 11)):
         with torch.no_grad(), MatrixProducts() as counted:
-            output = model(tokens[:, start:stop], past_key_values=cache, use_cache=True)
-        cache = output.past_key_values
+            output = model(tokens[:, start:stop], use_cache=True, **{CACHE: cache})
+        cache = output[CACHE]
         routing = full_routing(config, stop - start) if routing is None else routing.after(stop - start, ())
         assert forward_flops(config, routing).total == counted.flops
         held = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)

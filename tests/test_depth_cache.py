@@ -5,6 +5,7 @@ import torch
 from tiny_families import VOCABULARY, tiny_mod, tiny_mor
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, StaticCache
 
+from varidepth.modeling.cache_naming import CACHE
 from varidepth.modeling.depth_cache import DepthLayer, cache_bytes
 
 
@@ -43,8 +44,8 @@ def test_a_padded_batch_stores_what_its_rows_store_alone(case):
     alone = [model(row, use_cache=True, output_routing=True) for row in rows()]
     assert [int(d) for d in batch.token_depth.sum(1)] == [int(a.token_depth.sum()) for a in alone]
     assert batch.token_depth[1, :7].tolist() == [0] * 7
-    for slot, lengths in enumerate(stored_tokens(batch.past_key_values)):
-        assert lengths == [sum(stored_tokens(a.past_key_values)[slot]) for a in alone]
+    for slot, lengths in enumerate(stored_tokens(batch.cache)):
+        assert lengths == [sum(stored_tokens(a.cache)[slot]) for a in alone]
 
 
 @torch.no_grad()
@@ -55,16 +56,16 @@ def test_bytes_are_those_of_the_tokens_that_got_there():
     per_token = 2 * config.num_key_value_heads * config.head_dim * 4
     entered = int(output.token_depth.sum()) * config.num_shared_layers
     dense = LENGTHS[0] * (config.prelude_layers + config.coda_layers)
-    assert cache_bytes(output.past_key_values)["stored"] == per_token * (entered + dense)
+    assert cache_bytes(output.cache)["stored"] == per_token * (entered + dense)
 
 
 @each_model
 @torch.no_grad()
 def test_buffers_grow_at_most_twofold(case):
     model = MODELS[case]()
-    cache = model(rows()[0], use_cache=True).past_key_values
+    cache = model(rows()[0], use_cache=True).cache
     for token in rows()[2][0]:
-        model(token.view(1, 1), past_key_values=cache, use_cache=True)
+        model(token.view(1, 1), cache=cache, use_cache=True)
         for layer in cache.layers:
             if isinstance(layer, DepthLayer) and layer.is_initialized:
                 assert layer.keys.shape[2] < 2 * max(layer.index.lengths)
@@ -81,16 +82,16 @@ def test_rows_can_be_reordered_repeated_and_selected(case):
 
     def step(cache, order):
         cache = model(next_token[order], attention_mask=mask[order], position_ids=positions[order],
-                      past_key_values=cache, use_cache=True)  # fmt: skip
+                      cache=cache, use_cache=True)  # fmt: skip
         return cache.logits
 
-    expected = step(model(**batch, use_cache=True).past_key_values, [0, 1, 2])
+    expected = step(model(**batch, use_cache=True).cache, [0, 1, 2])
     for operation, order in (
         (lambda cache: cache.reorder_cache(torch.tensor([2, 0, 1])), [2, 0, 1]),
         (lambda cache: cache.batch_select_indices(torch.tensor([1, 2])), [1, 2]),
         (lambda cache: cache.batch_repeat_interleave(2), [0, 0, 1, 1, 2, 2]),
     ):
-        cache = model(**batch, use_cache=True).past_key_values
+        cache = model(**batch, use_cache=True).cache
         operation(cache)
         torch.testing.assert_close(step(cache, order), expected[order], rtol=1e-5, atol=1e-6)
 
@@ -99,10 +100,10 @@ def test_rows_can_be_reordered_repeated_and_selected(case):
 @torch.no_grad()
 def test_a_reset_cache_is_as_new(case):
     model = MODELS[case]()
-    cache = model(rows()[0], use_cache=True).past_key_values
+    cache = model(rows()[0], use_cache=True).cache
     cache.reset()
     assert cache.get_seq_length() == 0
-    again = model(rows()[2], past_key_values=cache, use_cache=True).logits
+    again = model(rows()[2], cache=cache, use_cache=True).logits
     torch.testing.assert_close(again, model(rows()[2], use_cache=False).logits, rtol=1e-5, atol=1e-6)
 
 
@@ -123,8 +124,8 @@ def test_a_token_that_is_masked_later_is_no_longer_seen(attention, tiny):
     for token in range(3, 15):
         token = torch.tensor([[token]])
         whole = torch.cat([prompt, token], dim=1)
-        cache = model(prompt, use_cache=True).past_key_values
-        given = model(token, attention_mask=mask, past_key_values=cache, use_cache=True).logits
+        cache = model(prompt, use_cache=True).cache
+        given = model(token, attention_mask=mask, cache=cache, use_cache=True).logits
         entered |= bool(model(whole, output_routing=True).token_depth[0, -1] > 0)
         expected = model(whole, attention_mask=mask_4d[None, None], use_cache=False).logits[:, -1:]
         torch.testing.assert_close(given, expected, rtol=1e-5, atol=1e-6)
@@ -135,7 +136,7 @@ def test_a_token_that_is_masked_later_is_no_longer_seen(attention, tiny):
 @torch.no_grad()
 def test_shared_keys_store_one_recursion():
     model = tiny_mor(kv_mode="shared")
-    cache = model(rows()[0], use_cache=True).past_key_values
+    cache = model(rows()[0], use_cache=True).cache
     config = model.config
     layers = config.num_physical_layers
     assert cache_bytes(cache) == {
@@ -149,12 +150,12 @@ def test_foreign_caches_are_refused():
     model = tiny_mor(**FIELDS)
     vanilla = LlamaForCausalLM(LlamaConfig(num_hidden_layers=8, vocab_size=61, hidden_size=32, intermediate_size=40,
                                            num_attention_heads=4, num_key_value_heads=2)).eval()  # fmt: skip
-    filled = vanilla(rows()[0], use_cache=True).past_key_values
+    filled = vanilla(rows()[0], use_cache=True)[CACHE]
     with pytest.raises(ValueError, match="has already seen 11 tokens, but was not filled by this model"):
-        model(rows()[0], past_key_values=filled)
+        model(rows()[0], cache=filled)
     wrong = StaticCache(config=LlamaConfig(num_hidden_layers=3), max_cache_len=16)
     with pytest.raises(ValueError, match="has 3 layers, but the model needs one for each of its 8 unrolled layers"):
-        model(rows()[0], past_key_values=wrong)
+        model(rows()[0], cache=wrong)
 
 
 @each_model
@@ -162,8 +163,8 @@ def test_foreign_caches_are_refused():
 def test_a_plain_dynamic_cache_is_adopted(case):
     model = MODELS[case]()
     cache = DynamicCache()
-    first = model(rows()[0][:, :6], past_key_values=cache, use_cache=True)
-    assert first.past_key_values is cache
-    rest = model(rows()[0][:, 6:], past_key_values=cache, use_cache=True).logits
+    first = model(rows()[0][:, :6], cache=cache, use_cache=True)
+    assert first.cache is cache
+    rest = model(rows()[0][:, 6:], cache=cache, use_cache=True).logits
     whole = model(rows()[0], use_cache=False).logits
     torch.testing.assert_close(rest, whole[:, 6:], rtol=1e-5, atol=1e-6)

@@ -72,12 +72,12 @@ class DepthByPosition:
     def train(self, mode):
         self.training = mode
 
-    def __call__(self, ids, past_key_values=None, use_cache=False, output_routing=False):
+    def __call__(self, ids, cache=None, use_cache=False, output_routing=False):
         assert output_routing and not self.training
-        seen = past_key_values or 0
+        seen = cache or 0
         self.calls.append(ids.shape[1])
         columns = torch.arange(seen, seen + ids.shape[1])[None]
-        return SimpleNamespace(token_depth=1 + columns % 3, past_key_values=seen + ids.shape[1])
+        return SimpleNamespace(token_depth=1 + columns % 3, cache=seen + ids.shape[1])
 
 
 def mapped(text: str, tokenizer, most: int = 3) -> DepthMap:

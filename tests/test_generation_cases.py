@@ -28,6 +28,8 @@ from tiny_families import run_with_margin
 from transformers import AutoModelForCausalLM, DynamicCache, StaticCache, set_seed
 from transformers.generation.streamers import BaseStreamer
 
+from varidepth.modeling.cache_naming import CACHE
+
 
 STEPS = 8
 TOLERANCE = 1e-5
@@ -114,11 +116,11 @@ def test_decode_after_right_padded_prefill(case: str) -> None:
     rows = prompts()
     ids, mask = padded(rows, "right")
     positions = (mask.cumsum(dim=1) - 1).clamp(min=0)
-    cache = model(input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=True).past_key_values
+    cache = model(input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=True).cache
     token = torch.tensor([[5], [6], [7]])
     mask = torch.cat([mask, torch.ones_like(token)], dim=1)
     positions = torch.tensor([[row.shape[1]] for row in rows])
-    logits = model(input_ids=token, attention_mask=mask, position_ids=positions, past_key_values=cache).logits
+    logits = model(input_ids=token, attention_mask=mask, position_ids=positions, cache=cache).logits
     for place, row in enumerate(rows):
         reference = full_logits(model, torch.cat([row, token[place : place + 1]], dim=1))[0, -1:]
         assert relative_error(logits[place], reference) <= TOLERANCE
@@ -188,16 +190,16 @@ def test_prompt_lookup(case: str) -> None:
 
 
 @each_case
-def test_continue_from_past_key_values(case: str) -> None:
+def test_continue_from_a_cache(case: str) -> None:
     """Two further turns on the cache of the first, for a left-padded batch."""
     model = build(case)
     ids, mask = padded(prompts())
     rows, cache = prompts(), None
     for turn in range(3):
         references = [slow_greedy(model, row, 3)[0] for row in rows]
-        output = generate(model, ids, attention_mask=mask, past_key_values=cache, max_new_tokens=3)
+        output = generate(model, ids, attention_mask=mask, cache=cache, max_new_tokens=3)
         assert_rows(output.sequences, references)
-        cache = output.past_key_values
+        cache = output[CACHE]
         said = torch.tensor([[11 + turn, 23], [7, 5 + turn], [31, 13]])
         ids = torch.cat([output.sequences, said], dim=1)
         mask = torch.cat([mask, torch.ones(3, 5, dtype=torch.long)], dim=1)
@@ -211,10 +213,10 @@ def test_crop_and_redo(case: str) -> None:
     reference = full_logits(model, ids)
     cache = DynamicCache(config=model.config)
     cache.activate_past_recording()
-    model(input_ids=ids[:, :10], past_key_values=cache)
+    model(input_ids=ids[:, :10], cache=cache)
     cache.crop(-4)
     assert cache.get_seq_length() == 6
-    logits = model(input_ids=ids[:, 6:], past_key_values=cache).logits
+    logits = model(input_ids=ids[:, 6:], cache=cache).logits
     assert relative_error(logits, reference[:, 6:]) <= TOLERANCE
 
 
@@ -307,7 +309,7 @@ def test_routing_is_reported(case: str) -> None:
     assert 0 <= whole.min() and whole.max() <= len(model.config.routed_passes)
     cache = DynamicCache(config=model.config)
     parts = [
-        model(input_ids=part, past_key_values=cache, output_routing=True).token_depth
+        model(input_ids=part, cache=cache, output_routing=True).token_depth
         for part in (row[:, :5], *row[:, 5:].split(1, dim=1))
     ]
     assert torch.cat(parts, dim=1).tolist() == whole.tolist()
@@ -340,11 +342,11 @@ def test_static_cache_chunked_prefill_and_embeds(case: str) -> None:
 
 def decode(step: Callable[..., Any], model: Any, cache: Any, ids: torch.Tensor) -> torch.Tensor:
     """Prefill of 4 tokens by the plain model, then token by token through `step`; logits of all but the first 4."""
-    model(input_ids=ids[:, :4], past_key_values=cache)
+    model(input_ids=ids[:, :4], cache=cache)
     logits = []
     for place in range(4, ids.shape[1]):
         token, position = ids[:, place : place + 1], torch.tensor([[place]])
-        logits.append(step(input_ids=token, position_ids=position, past_key_values=cache).logits)
+        logits.append(step(input_ids=token, position_ids=position, cache=cache).logits)
     return torch.cat(logits, dim=1)
 
 
@@ -390,7 +392,7 @@ def test_dynamic_cache_without_config(case: str) -> None:
     """A cache that the user made without telling it the config serves as well."""
     model, ids = build(case), prompts()[0]
     row, _ = slow_greedy(model, ids, STEPS)
-    assert generate(model, ids, past_key_values=DynamicCache()).sequences.tolist() == row.tolist()
+    assert generate(model, ids, cache=DynamicCache()).sequences.tolist() == row.tolist()
 
 
 def assert_refused(model: Any, attempt: Callable[[], Any], *words: str) -> None:
@@ -435,9 +437,9 @@ def test_continuous_batching_is_refused(case: str) -> None:
 @pytest.mark.parametrize("case", ROUTED)
 def test_foreign_cache_is_refused(case: str) -> None:
     model, ids = build(case), prompts()[0]
-    cache = vanilla()(input_ids=ids, use_cache=True).past_key_values
+    cache = vanilla()(input_ids=ids, use_cache=True)[CACHE]
     longer = torch.cat([ids, ids], dim=1)
-    assert_refused(model, lambda: generate(model, longer, past_key_values=cache), "cache")
+    assert_refused(model, lambda: generate(model, longer, cache=cache), "cache")
 
 
 @pytest.mark.parametrize("case", ROUTED)

@@ -156,10 +156,10 @@ def check_one_truth(model, rows, side, cuts):
                 ids[:, start:stop],
                 attention_mask=mask[:, :stop],
                 position_ids=positions[:, start:stop],
-                past_key_values=cache,
+                cache=cache,
                 use_cache=True,
             )
-            cache = output.past_key_values
+            cache = output.cache
             logits.append(output.logits)
         check(torch.cat(logits, dim=1), way)
 
@@ -230,10 +230,10 @@ def test_rewinding_the_cache_leaves_no_trace(case):
     whole = model(ids, use_cache=False, output_routing=True)
     assert len(whole.token_depth.unique()) > 1
     first = model(ids[:, :8], use_cache=True)
-    first.past_key_values.activate_past_recording()
-    model(torch.flip(ids[:, 8:12], (1,)), past_key_values=first.past_key_values, use_cache=True)
-    first.past_key_values.crop(-4)
-    rest = model(ids[:, 8:], past_key_values=first.past_key_values, use_cache=True).logits
+    first.cache.activate_past_recording()
+    model(torch.flip(ids[:, 8:12], (1,)), cache=first.cache, use_cache=True)
+    first.cache.crop(-4)
+    rest = model(ids[:, 8:], cache=first.cache, use_cache=True).logits
     assert relative_error(rest, whole.logits[:, 8:]) <= TOLERANCE
 
 

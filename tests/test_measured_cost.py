@@ -66,10 +66,8 @@ def check(model, steps=STEPS) -> set[tuple[int, ...]]:
     cache, routing, seen = None, None, set()
     for start, stop in steps:
         with MatrixProducts() as counted:
-            output = model(
-                ids[:, start:stop], past_key_values=cache, use_cache=True, output_routing=True, logits_to_keep=1
-            )
-        cache = output.past_key_values
+            output = model(ids[:, start:stop], cache=cache, use_cache=True, output_routing=True, logits_to_keep=1)
+        cache = output.cache
         routing = measured_routing(output, previous=routing)
         assert forward_flops(model.config, routing[0], logits=1).total == counted.flops
         assert kv_bytes(model.config, routing[0]) == cache_bytes(cache)["stored"]
@@ -117,7 +115,7 @@ def test_rows_of_a_batch_store_what_each_alone_would():
     ids = torch.randint(3, VOCABULARY, (3, 12), generator=torch.Generator().manual_seed(1))
     output = model(ids, use_cache=True, output_routing=True)
     rows = measured_routing(output)
-    assert sum(kv_bytes(model.config, row) for row in rows) == cache_bytes(output.past_key_values)["stored"]
+    assert sum(kv_bytes(model.config, row) for row in rows) == cache_bytes(output.cache)["stored"]
     alone = [measured_routing(model(row[None], output_routing=True))[0] for row in ids]
     assert rows == alone
 
@@ -127,7 +125,7 @@ def test_room_to_grow_is_at_most_as_large_as_what_is_stored():
     model = build("expert", "eager")
     cache, ids = None, torch.randint(3, VOCABULARY, (1, 60), generator=torch.Generator().manual_seed(1))
     for column in range(60):
-        cache = model(ids[:, column : column + 1], past_key_values=cache, use_cache=True).past_key_values
+        cache = model(ids[:, column : column + 1], cache=cache, use_cache=True).cache
         sizes = cache_bytes(cache)
         assert sizes["padding"] <= sizes["stored"]
 
@@ -142,7 +140,7 @@ def test_a_token_that_skips_everything_costs_prelude_coda_and_head():
     assert output.token_depth.tolist() == [[0]]
     none = RowRouting(1, (0, 0))
     assert counted.flops == forward_flops(config, none).total < forward_flops(config, full_routing(config, 1)).total
-    assert kv_bytes(config, none) == cache_bytes(output.past_key_values)["stored"] == 2 * 2 * 16 * 4
+    assert kv_bytes(config, none) == cache_bytes(output.cache)["stored"] == 2 * 2 * 16 * 4
 
 
 DEPTH_ROUTING = {

@@ -9,6 +9,7 @@ from torch.nn import functional as F
 from transformers import DynamicCache, StaticCache
 from written_out_llama import attention_update, logits_of, mlp_update
 
+from varidepth.modeling.cache_naming import CACHE
 from varidepth.modeling.decoder_backbone import family_of
 from varidepth.modeling.depth_cache import cache_bytes
 from varidepth.modeling.expert_choice import UNSET_THRESHOLD
@@ -148,7 +149,7 @@ def test_gathering_is_masking(backbone, unit):
     assert 0 < float(gathered.routing_mask.float().mean()) < 1
     cache = StaticCache(config=model.config, max_cache_len=16)
     cache.stream_length = 16
-    masked = model(**batch, past_key_values=cache).logits
+    masked = model(**batch, cache=cache).logits
     valid = batch["attention_mask"].bool()
     torch.testing.assert_close(masked[valid], gathered.logits[valid], rtol=1e-10, atol=1e-10)
 
@@ -227,13 +228,13 @@ def test_first_tokens_always_enter(routing):
     for row, ids in enumerate(rows):
         first[row, 9 - len(ids) : 11 - len(ids)] = True
     for cache in (None, StaticCache(config=model.config, max_cache_len=9)):
-        mask = model(**batch, past_key_values=cache, output_routing=True).routing_mask
+        mask = model(**batch, cache=cache, output_routing=True).routing_mask
         assert torch.equal(mask[..., 0], first) and torch.equal(mask[..., 1], first)
     cache, steps = DynamicCache(config=model.config), []
     for column in range(9):
         step = {name: value[:, column : column + 1] for name, value in batch.items()}
         step["attention_mask"] = batch["attention_mask"][:, : column + 1]
-        steps.append(model(**step, past_key_values=cache, output_routing=True).routing_mask)
+        steps.append(model(**step, cache=cache, output_routing=True).routing_mask)
     assert torch.equal(torch.cat(steps, dim=1)[..., 0], first)
 
     trained = tiny_mod(routing=routing, always_route_first=4, capacity=[0.5, 0.1]).train()
@@ -431,12 +432,12 @@ def test_skipped_tokens_store_nothing(unit):
     rows = [tokens(1, 12)[0], tokens(1, 7)[0]]
     batch = left_padded(rows)
     output = model(**batch, use_cache=True, output_routing=True)
-    entered, cache = int(output.routing_mask.sum()), output.past_key_values
+    entered, cache = int(output.routing_mask.sum()), output.cache
     step = model(
         tokens(2, 1),
         attention_mask=F.pad(batch["attention_mask"], (0, 1), value=1),
         position_ids=batch["position_ids"][:, -1:] + 1,
-        past_key_values=cache,
+        cache=cache,
         output_routing=True,
     )
     entered += int(step.routing_mask.sum())
@@ -453,8 +454,8 @@ def test_an_eighth_of_the_tokens_in_every_other_layer_is_9_16_of_the_cache(unit)
     """The paper's layout: 56.25 % of the dense cache, here with a share that is exact."""
     model = tiny_mod(routing_unit=unit, capacity=0.125, router_thresholds=[1.0, 1.0], always_route_first=2)
     ids = tokens(1, 16)
-    cache = model(ids, use_cache=True).past_key_values
-    dense = vanilla_of(model)(ids, use_cache=True).past_key_values
+    cache = model(ids, use_cache=True).cache
+    dense = vanilla_of(model)(ids, use_cache=True)[CACHE]
     assert cache_bytes(cache)["stored"] == 0.5625 * cache_bytes(dense)["stored"]
 
 

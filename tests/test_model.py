@@ -74,7 +74,7 @@ def test_warmup_at_full_capacity_changes_nothing_under_shared_keys():
 def test_an_offloaded_cache_is_on_the_device_when_its_slot_runs(monkeypatch):
     """Slots are skipped, so that the prefetch of the next slot does not suffice."""
     model = tiny_mor(capacities=[0.9, 0.5, 0.3])
-    cache = model(prompts(1), use_cache=True).past_key_values
+    cache = model(prompts(1), use_cache=True).cache
     resident = {layer: False for layer in cache.layers}
     for layer in cache.layers:
         monkeypatch.setattr(layer, "prefetch", lambda layer=layer: resident.__setitem__(layer, True))
@@ -88,7 +88,7 @@ def test_an_offloaded_cache_is_on_the_device_when_its_slot_runs(monkeypatch):
     cache.offloading = True
     cache.update = lambda key, value, slot, **kwargs: cache.layers[slot].update(key, value, **kwargs)
     for token in prompts(1)[0]:
-        model(token.view(1, 1), past_key_values=cache, use_cache=True)
+        model(token.view(1, 1), cache=cache, use_cache=True)
 
 
 def test_classification_does_not_scale_the_router_loss_by_rows():
@@ -133,7 +133,7 @@ def test_a_static_mask_may_cover_columns_to_come():
     mask[0, :2] = 0
     short = model(row, attention_mask=mask[:, :9], use_cache=False).logits[:, 2:]
     cache = StaticCache(config=model.config, max_cache_len=16)
-    given = model(row, attention_mask=mask, past_key_values=cache, use_cache=True).logits[:, 2:]
+    given = model(row, attention_mask=mask, cache=cache, use_cache=True).logits[:, 2:]
     torch.testing.assert_close(given, short, rtol=1e-5, atol=1e-6)
 
 
@@ -165,9 +165,9 @@ def test_from_backbone_keeps_labels_and_refuses_a_short_source():
 def test_a_cache_of_the_same_model_goes_on_after_an_edit_of_the_thresholds():
     model = tiny_mor()
     cache = DynamicCache(config=model.config)
-    model(prompts(), past_key_values=cache, use_cache=True)
+    model(prompts(), cache=cache, use_cache=True)
     model.config.router_thresholds = [0.5, 0.2, 0.2]
-    model(prompts()[:, :1], past_key_values=cache, use_cache=True)
+    model(prompts()[:, :1], cache=cache, use_cache=True)
     assert cache.get_seq_length() == 10
 
 

@@ -12,6 +12,7 @@ from tests.test_memory_cleanup_mixin import MemoryCleanupMixin
 from transformers import AutoModelForCausalLM
 
 from varidepth import MoRConfig, MoRForCausalLM, MoRForSequenceClassification, MoRModel
+from varidepth.modeling.cache_naming import CACHE
 
 
 class MoRSuite(TinyModelSuite):
@@ -62,7 +63,7 @@ class MoRMemoryTest(MemoryCleanupMixin, unittest.TestCase):
         self.output = self.model.generate(
             torch.arange(3, 9)[None], max_new_tokens=4, do_sample=False, return_dict_in_generate=True
         )
-        type(self).released = [weakref.ref(self.model), weakref.ref(self.output.past_key_values)]
+        type(self).released = [weakref.ref(self.model), weakref.ref(self.output[CACHE])]
 
     def tearDown(self) -> None:
         watched = type(self).released

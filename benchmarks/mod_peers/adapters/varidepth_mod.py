@@ -100,7 +100,7 @@ class Varidepth(Peer):
                     ids[:, start:stop],
                     attention_mask=torch.ones(ids.shape[0], stop, dtype=torch.long),
                     position_ids=torch.arange(start, stop)[None].expand(ids.shape[0], -1),
-                    past_key_values=outputs[-1].past_key_values if outputs else None,
+                    cache=outputs[-1].cache if outputs else None,
                     use_cache=True,
                 )
             )
@@ -114,7 +114,7 @@ class Varidepth(Peer):
         counts = []
         for length in (prompt, ids.shape[1]):
             with watch(self.routed) as seen:
-                cache = self.steps(ids[:, :length], prompt)[-1].past_key_values
+                cache = self.steps(ids[:, :length], prompt)[-1].cache
             routed = [sum(entry.shape[1] for entry in record["entry"]) for record in seen]
             counts.append((routed, [sum(cache.layers[index].index.lengths) for index in self.at]))
         (routed_before, stored_before), (routed_after, stored_after) = counts
