@@ -1,12 +1,14 @@
 """Held-out loss of a causal language model, vanilla or routed, in nats per token and per byte."""
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from tqdm import tqdm
+
+from .unseen_targets import evaluating, first_scored, row_logits
 
 
 @dataclass(frozen=True)
@@ -57,13 +59,10 @@ class RoutingGap:
         return self.topk.nats_per_token - self.causal.nats_per_token
 
 
-def _windows(tokens: list[int], size: int) -> list[list[int]]:
-    """Cuts a document so that every token but the first is predicted once; each window re-reads one token."""
-    return [tokens[start : start + size] for start in range(0, len(tokens) - 1, size - 1)]
-
-
-def _document_tokens(tokenizer: Any, text: str) -> tuple[list[int], int]:
-    """Tokens of a document behind a start token, and the bytes that are predicted."""
+def document_tokens(tokenizer: Any, text: str) -> tuple[list[int], int]:
+    """Tokens of a document behind a start token, and how many bytes they predict; nothing for a blank text."""
+    if not text.strip():
+        return [], 0
     tokens = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
     size = len(text.encode("utf-8", errors="replace"))
     start = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
@@ -74,6 +73,74 @@ def _document_tokens(tokenizer: Any, text: str) -> tuple[list[int], int]:
     return tokens, size - first
 
 
+def _windows(tokens: list[int], size: int) -> list[list[int]]:
+    """Cuts a document so that every token but the first is predicted once; each window re-reads one token."""
+    return [tokens[start : start + size] for start in range(0, len(tokens) - 1, size - 1)]
+
+
+@dataclass(frozen=True)
+class WindowLoss:
+    """Loss of the tokens of one window.
+
+    Attributes:
+        document: number of the document that the window was cut from.
+        tokens: token ids of the window.
+        nats: negative log-likelihood of its last tokens, those that were scored, as `torch.FloatTensor`.
+    """
+
+    document: int
+    tokens: list[int]
+    nats: torch.Tensor
+
+
+def window_losses(
+    model: Any,
+    documents: Sequence[list[int]],
+    *,
+    window: int = 512,
+    batch_size: int = 4,
+    max_tokens: int | None = None,
+    prefix_length: int | None = None,
+    progress: bool = False,
+) -> Iterator[WindowLoss]:
+    """Loss token by token, window by window: what `held_out_loss` adds up, with its arguments and errors.
+
+    Args:
+        documents (sequence of token ids): from `document_tokens`.
+    """
+    if window < 2:
+        raise ValueError(f"`window` is {window}, but a window must hold at least 2 tokens; the default is 512.")
+    if batch_size < 1:
+        raise ValueError(f"`batch_size` is {batch_size}, but must be at least 1.")
+    if max_tokens is not None and max_tokens < 1:
+        raise ValueError(f"`max_tokens` is {max_tokens}, but must be at least 1; leave it out to read everything.")
+    first = first_scored(model, prefix_length)
+    cut = [(number, one) for number, tokens in enumerate(documents) for one in _windows(tokens, window)]
+    scored = [(number, one) for number, one in cut if len(one) > first]
+    if cut and not scored:
+        raise ValueError(
+            f"The text has no token behind a prefix of {prefix_length} tokens (windows of {window}, the longest with "
+            f"{max(len(one) for _, one in cut)}); give a smaller `prefix_length`, larger windows or longer documents."
+        )
+    if not scored:
+        raise ValueError(
+            f"The text is empty ({len(documents)} documents without a token to predict); give a text with some words."
+        )
+    read = 0
+    with evaluating(model):
+        steps = range(0, len(scored), batch_size)
+        for start in tqdm(steps, desc="held-out loss", unit="batch", disable=not progress):
+            batch = scored[start : start + batch_size]
+            logits = row_logits(model, [one for _, one in batch], prefix_length)
+            for (number, one), scores in zip(batch, logits, strict=True):
+                targets = torch.tensor(one[first:], device=scores.device)
+                nats = torch.nn.functional.cross_entropy(scores[first - 1 : -1].float(), targets, reduction="none")
+                yield WindowLoss(number, one, nats)
+                read += len(nats)
+            if max_tokens is not None and read >= max_tokens:
+                break
+
+
 def held_out_loss(
     model: Any,
     tokenizer: Any,
@@ -82,6 +149,7 @@ def held_out_loss(
     window: int = 512,
     batch_size: int = 4,
     max_tokens: int | None = None,
+    prefix_length: int | None = None,
     progress: bool = False,
 ) -> HeldOutLoss:
     """Mean loss of `model` on text it has not seen.
@@ -90,52 +158,43 @@ def held_out_loss(
     tokens; windows never cross documents and every token is predicted exactly once, by the tokens before it in its
     window. Pads are masked and do not count. The loss is computed in fp32.
 
+    A model that reads a prefix (`config.prefix_length` above 0) sees every token of it at once, so of each window only
+    the tokens behind the first `prefix_length` are scored. For a causal model `prefix_length` scores the same tokens,
+    which makes the two comparable.
+
     Args:
-        model (`PreTrainedModel`): a causal language model; it is put into eval mode for the call.
+        model (`PreTrainedModel`): a causal language model, or one that reads a prefix; it is put into eval mode for
+            the call.
         tokenizer (`PreTrainedTokenizerBase`): its tokenizer.
         documents (`str` or an iterable of `str`): one document, or several.
         window (`int`): tokens per window, at least 2.
         batch_size (`int`): windows per forward pass.
         max_tokens (`int`, *optional*): stop once this many tokens were predicted (at the end of a batch).
+        prefix_length (`int`, *optional*): tokens at the start of each window that are read and not scored; a model
+            that reads a prefix needs it.
         progress (`bool`): show a progress bar.
 
     Raises:
-        ValueError: for a text without a token to predict, or a window or batch size out of range.
+        ValueError: for a text without a token to predict, a window or batch size out of range, or a model that reads a
+            prefix without `prefix_length`.
     """
-    if window < 2:
-        raise ValueError(f"`window` is {window}, but a window must hold at least 2 tokens; the default is 512.")
-    if batch_size < 1:
-        raise ValueError(f"`batch_size` is {batch_size}, but must be at least 1.")
-    if max_tokens is not None and max_tokens < 1:
-        raise ValueError(f"`max_tokens` is {max_tokens}, but must be at least 1; leave it out to read everything.")
     texts = [documents] if isinstance(documents, str) else list(documents)
-    windows: list[tuple[int, list[int]]] = []
-    sizes: list[tuple[int, int]] = []
-    for index, text in enumerate(texts):
-        tokens, size = _document_tokens(tokenizer, text) if text.strip() else ([], 0)
-        sizes.append((size, len(tokens) - 1))
-        windows += [(index, one) for one in _windows(tokens, window)]
-    if not windows:
-        raise ValueError(
-            f"The text is empty ({len(texts)} documents without a token to predict); give a text with some words."
-        )
-    nats, predicted = 0.0, [0] * len(texts)
-    was_training = model.training
-    model.eval()
-    try:
-        steps = range(0, len(windows), batch_size)
-        for start in tqdm(steps, desc="held-out loss", unit="batch", disable=not progress):
-            batch = windows[start : start + batch_size]
-            nats += _batch_nats(model, tokenizer, [one for _, one in batch])
-            for index, one in batch:
-                predicted[index] += len(one) - 1
-            if max_tokens is not None and sum(predicted) >= max_tokens:
-                break
-    finally:
-        model.train(was_training)
-    # a document that was not read to its end counts its bytes in proportion
-    read = sum(size * seen / total for (size, total), seen in zip(sizes, predicted, strict=True) if seen)
-    return HeldOutLoss(nats, sum(predicted), round(read), sum(1 for seen in predicted if seen))
+    read = [document_tokens(tokenizer, text) for text in texts]
+    nats, scored = 0.0, [0] * len(texts)
+    for one in window_losses(
+        model,
+        [tokens for tokens, _ in read],
+        window=window,
+        batch_size=batch_size,
+        max_tokens=max_tokens,
+        prefix_length=prefix_length,
+        progress=progress,
+    ):
+        nats += float(one.nats.sum())
+        scored[one.document] += len(one.nats)
+    # a document of which not every token was scored counts its bytes in proportion
+    size = sum(size * seen / (len(tokens) - 1) for (tokens, size), seen in zip(read, scored, strict=True) if seen)
+    return HeldOutLoss(nats, sum(scored), round(size), sum(1 for seen in scored if seen))
 
 
 def routing_gap(model: Any, tokenizer: Any, documents: str | Iterable[str], **options: Any) -> RoutingGap:
@@ -166,24 +225,3 @@ def routing_gap(model: Any, tokenizer: Any, documents: str | Iterable[str], **op
         return RoutingGap(held_out_loss(model, tokenizer, texts, **options), causal)
     finally:
         config.inference_rule = rule
-
-
-@torch.no_grad()
-def _batch_nats(model: Any, tokenizer: Any, windows: list[list[int]]) -> float:
-    """Summed negative log-likelihood of one right-padded batch."""
-    longest = max(len(one) for one in windows)
-    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
-    ids = torch.full((len(windows), longest), pad, dtype=torch.long)
-    mask = torch.zeros_like(ids)
-    for row, one in enumerate(windows):
-        ids[row, : len(one)] = torch.tensor(one)
-        mask[row, : len(one)] = 1
-    ids, mask = ids.to(model.device), mask.to(model.device)
-    padding = {} if bool(mask.all()) else {"attention_mask": mask}
-    logits = model(input_ids=ids, use_cache=False, **padding).logits
-    nats = 0.0
-    for row, one in enumerate(windows):
-        scores = logits[row, : len(one) - 1].float()
-        targets = ids[row, 1 : len(one)]
-        nats += float(torch.nn.functional.cross_entropy(scores, targets, reduction="sum"))
-    return nats

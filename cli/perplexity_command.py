@@ -16,6 +16,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add_text_arguments(parser, window=512)
     parser.add_argument("--max-tokens", type=int, help="stop once this many tokens were predicted")
+    prefix = "tokens of each window that are read and not scored; a model that reads a prefix needs it"
+    parser.add_argument("--prefix-length", type=int, metavar="TOKENS", help=prefix)
     parser.add_argument("--compute", type=float, metavar="SHARE", help=COMPUTE_HELP)
     parser.add_argument("--quiet", action="store_true", help="no progress bar")
 
@@ -35,6 +37,7 @@ def run(args: argparse.Namespace) -> None:
         window=args.window,
         batch_size=args.batch_size,
         max_tokens=args.max_tokens,
+        prefix_length=args.prefix_length,
         progress=not args.quiet and sys.stderr.isatty(),
     )
     # only routed tokens ask a rule
@@ -48,6 +51,7 @@ def run(args: argparse.Namespace) -> None:
         "bytes": loss.bytes,
         "documents": loss.documents,
         "window": args.window,
+        "prefix_length": args.prefix_length,
         "inference_rule": rule,
         "compute": getattr(model.config, "compute", None),
     }
@@ -59,6 +63,8 @@ def run(args: argparse.Namespace) -> None:
     print(
         f"text        {loss.tokens} tokens, {loss.bytes} bytes, {loss.documents} documents, windows of {args.window}"
     )
+    if args.prefix_length is not None:
+        print(f"prefix      the first {args.prefix_length} tokens of each window, which are not scored")
     if figures["compute"] is not None:
         print(f"compute     {figures['compute']:g} of all tokens in all layers, by the calibrated curve")
     if rule == "topk":

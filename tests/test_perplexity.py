@@ -7,6 +7,7 @@ import shutil
 import pytest
 import torch
 from generation_reference import SIZES
+from prefix_reader import PrefixReader
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
@@ -88,6 +89,37 @@ def test_reading_stops_at_the_limit():
     loss = held_out_loss(model, tokenizer, DOCUMENTS, window=7, batch_size=1, max_tokens=8)
     assert (loss.tokens, loss.documents) == (12, 1)
     assert loss.bytes == round(len(DOCUMENTS[0]) * 12 / 23)
+
+
+@pytest.mark.parametrize("prefix_length", [0, 1, 3, 5])
+def test_a_prefix_is_read_and_not_scored(prefix_length):
+    tokenizer = make_tokenizer(bos_token="<s>")
+    reader, causal = PrefixReader(len(WORDS) + 3, 64), PrefixReader(len(WORDS) + 3, 0)
+    loss = held_out_loss(reader, tokenizer, DOCUMENTS, window=7, batch_size=3, prefix_length=prefix_length)
+    first, nats, count, size = max(prefix_length, 1), 0.0, 0, 0.0
+    for text in DOCUMENTS:
+        tokens = [1, *tokenizer(text)["input_ids"]]
+        windows = [tokens[start : start + 7] for start in range(0, len(tokens) - 1, 6)]
+        nats += sum(reader.nats(window, first) for window in windows)
+        scored = sum(max(len(window) - first, 0) for window in windows)
+        count, size = count + scored, size + len(text) * scored / (len(tokens) - 1)
+    assert (loss.tokens, loss.bytes) == (count, round(size))
+    assert loss.nats == pytest.approx(nats, rel=1e-5)
+    assert {length for lengths in reader.seen_prefixes for length in lengths} == {prefix_length}
+    # a causal model is scored on the same tokens
+    assert held_out_loss(causal, tokenizer, DOCUMENTS, window=7, batch_size=3, prefix_length=prefix_length) == loss
+
+
+def test_a_model_that_reads_a_prefix_must_be_told_it():
+    reader, tokenizer = PrefixReader(len(WORDS) + 3, 64), make_tokenizer(bos_token="<s>")
+    with pytest.raises(ValueError, match="No `prefix_length` .* up to 64 tokens .* give the `prefix_length`"):
+        held_out_loss(reader, tokenizer, DOCUMENTS)
+    with pytest.raises(ValueError, match="`prefix_length` is -1, but must be at least 0"):
+        held_out_loss(reader, tokenizer, DOCUMENTS, prefix_length=-1)
+    for window, prefix_length in ((7, 7), (64, 24)):
+        with pytest.raises(ValueError, match=f"no token behind a prefix of {prefix_length} tokens"):
+            held_out_loss(reader, tokenizer, DOCUMENTS, window=window, prefix_length=prefix_length)
+    assert held_out_loss(reader, tokenizer, DOCUMENTS, window=64, prefix_length=23).tokens == 1
 
 
 @pytest.mark.parametrize("documents", ["", [], " \n\t", ["", "  "]])
@@ -181,6 +213,13 @@ def test_perplexity_command(checkpoint, tmp_path, capsys):
     assert figures["inference_rule"] == "threshold"
     assert main(["perplexity", str(checkpoint), str(text)]) == 0
     assert "33 tokens" in capsys.readouterr().out
+    behind = ["--window", "7", "--prefix-length", "4"]
+    assert main(["perplexity", str(checkpoint), str(text), "--json", *behind]) == 0
+    figures = json.loads(capsys.readouterr().out)
+    # load_documents joins the three texts: 33 words behind a start token, in five windows of 7 and one of 4
+    assert (figures["prefix_length"], figures["tokens"]) == (4, 15)
+    assert main(["perplexity", str(checkpoint), str(text), *behind]) == 0
+    assert "prefix      the first 4 tokens of each window" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
