@@ -1,0 +1,1 @@
+"""Task files for `lm_eval --include_path`: the recall tasks of JRT-Prompt."""

@@ -1,0 +1,1 @@
+"""Prompts that repeat their context (JRT-Prompt), their batches and their pipeline."""
