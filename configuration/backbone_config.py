@@ -7,14 +7,14 @@ by building the family's own configuration class; a key that neither the family 
 
 import dataclasses
 import difflib
-import os
-from pathlib import Path
 from typing import Any, ClassVar
 
 from huggingface_hub.dataclasses import strict
 from transformers import GenerationConfig
 from transformers.configuration_utils import PreTrainedConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+from .config_basics import CodeKeepingConfig, check_choice
 
 
 BACKBONES = (
@@ -62,16 +62,8 @@ _ROPE_KEYS = {"rope_theta", "rope_scaling", "partial_rotary_factor", "rope_local
 _BASE_FIELDS = {field.name for field in dataclasses.fields(PreTrainedConfig)}
 
 
-def check_choice(field: str, value: Any, allowed: tuple[str, ...]) -> None:
-    """Raises a `ValueError` that names the field, the value and what is allowed."""
-    if value not in allowed:
-        guess = difflib.get_close_matches(str(value), allowed, n=1)
-        hint = f"; did you mean {guess[0]!r}?" if guess else "."
-        raise ValueError(f"`{field}` is {value!r}, but must be one of {', '.join(map(repr, allowed))}{hint}")
-
-
 @strict
-class BackboneConfig(PreTrainedConfig):
+class BackboneConfig(CodeKeepingConfig, PreTrainedConfig):
     r"""
     Args:
         backbone (`str`, *optional*, defaults to `"llama"`):
@@ -151,19 +143,6 @@ class BackboneConfig(PreTrainedConfig):
                     "unrolled layers (`num_hidden_layers`)."
                 )
             setattr(self, name, [entries[first_use[layer]] for layer in physical_layers])
-
-    def save_pretrained(self, save_directory: str | os.PathLike, **kwargs: Any) -> None:
-        """As in transformers; drops an `auto_map` whose code files do not lie in the folder."""
-        auto_map = getattr(self, "auto_map", None)
-        references = [reference for reference in (auto_map or {}).values() if isinstance(reference, str)]
-        files = [f"{reference.split('--')[-1].split('.')[0]}.py" for reference in references]
-        if not all(Path(save_directory, file).is_file() for file in files):
-            self.auto_map = {}
-        try:
-            super().save_pretrained(save_directory, **kwargs)
-        finally:
-            if auto_map:
-                self.auto_map = auto_map
 
     def to_diff_dict(self) -> dict[str, Any]:
         """All fields of the architecture and of the family; transformers' own ones where they are not at default.

@@ -5,7 +5,8 @@ from typing import Any, ClassVar
 from huggingface_hub.dataclasses import strict
 from transformers.configuration_utils import PreTrainedConfig
 
-from .backbone_config import BACKBONES, MOE_BACKBONES, check_choice, fields_of_source
+from .backbone_config import BACKBONES, MOE_BACKBONES, fields_of_source
+from .config_basics import check_choice
 from .routed_config import RoutedConfig, RoutedPass, check_capacities
 
 

@@ -5,7 +5,8 @@ from typing import Any, NamedTuple
 from huggingface_hub.dataclasses import strict
 from transformers.configuration_utils import PreTrainedConfig
 
-from .backbone_config import PER_LAYER_FIELDS, check_choice, fields_of_source, first_uses
+from .backbone_config import PER_LAYER_FIELDS, fields_of_source, first_uses
+from .config_basics import check_choice
 from .routed_config import RoutedConfig, RoutedPass, check_capacities
 
 

@@ -4,7 +4,8 @@ from typing import Any, ClassVar, NamedTuple
 
 from huggingface_hub.dataclasses import strict
 
-from .backbone_config import BackboneConfig, check_choice
+from .backbone_config import BackboneConfig
+from .config_basics import check_choice
 
 
 class RoutedPass(NamedTuple):

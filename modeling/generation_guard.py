@@ -10,7 +10,27 @@ from transformers.generation import GenerationMixin
 from .cache_naming import CACHE, rename_cache
 
 
-class RoutedGenerationGuard:
+class GenerationGuard:
+    """Mixed into `XForCausalLM` of every architecture: `generate` takes the cache under both of its names."""
+
+    @functools.wraps(GenerationMixin.generate)
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
+        rename_cache(kwargs, CACHE)
+        return super().generate(*args, **kwargs)
+
+    def init_continuous_batching(self, *args: Any, **kwargs: Any) -> Any:
+        raise NotImplementedError(
+            "continuous batching (`generate_batch`) stores every token in every layer and finds its pages by layer, "
+            "which is wrong for shared, routed and recurrent layers; use `generate` on a padded batch."
+        )
+
+    @staticmethod
+    def create_masks_for_generate(attention_mask: torch.Tensor | None = None, **kwargs: Any) -> torch.Tensor | None:
+        """Leaves the 2D mask as it is: our layers need it to tell pads."""
+        return attention_mask
+
+
+class RoutedGenerationGuard(GenerationGuard):
     """Mixed into `XForCausalLM` of a routed architecture.
 
     `generate` takes `compute`, an operating point of a calibrated model for this call, and the cache under both of its
@@ -56,14 +76,3 @@ class RoutedGenerationGuard:
         if cache is not None and cache.is_compileable and hasattr(self, "_previous_max_cache_length"):
             cache.stream_length = self._previous_max_cache_length
         return result
-
-    def init_continuous_batching(self, *args: Any, **kwargs: Any) -> Any:
-        raise NotImplementedError(
-            "continuous batching (`generate_batch`) stores every token in every layer and finds its pages by layer, "
-            "which is wrong for shared and routed layers; use `generate` on a padded batch."
-        )
-
-    @staticmethod
-    def create_masks_for_generate(attention_mask: torch.Tensor | None = None, **kwargs: Any) -> torch.Tensor | None:
-        """Leaves the 2D mask as it is: routed layers need it to tell pads."""
-        return attention_mask

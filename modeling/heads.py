@@ -14,6 +14,7 @@ from transformers.modeling_outputs import (
 from transformers.utils import can_return_tuple
 
 from .cache_naming import CACHE, NamedCache, cache_argument
+from .classification_head import ClassificationHead
 from .decoder_backbone import family_of
 from .router_loss import attach_loss_hooks
 
@@ -127,71 +128,19 @@ class CausalLMHead:
         return RoutedCausalLMOutputWithPast(loss=loss, logits=logits, **_routing_fields(outputs))
 
 
-class SequenceClassificationHead:
-    """Classification head over a routed `self.model`, on the last token that is not padding."""
-
-    # the loss is a mean over the rows of the call: Trainer divides it by the accumulation steps
-    accepts_loss_kwargs = False
+class RoutedClassificationHead(ClassificationHead):
+    """Classification head over a routed `self.model`, whose router losses it adds to its own."""
 
     def _build_head(self, model: nn.Module) -> None:
-        self.model = model
-        self.num_labels = self.config.num_labels
-        self.score = nn.Linear(self.config.hidden_size, self.num_labels, bias=False)
         attach_loss_hooks(self, model.router_loss_scale, labels_are_tokens=False)
-        self.post_init()
+        super()._build_head(model)
 
-    @cache_argument
-    @can_return_tuple
-    def forward(
-        self,
-        input_ids: torch.LongTensor | None = None,
-        attention_mask: torch.Tensor | None = None,
-        position_ids: torch.LongTensor | None = None,
-        cache: Cache | None = None,
-        inputs_embeds: torch.FloatTensor | None = None,
-        labels: torch.LongTensor | None = None,
-        use_cache: bool | None = None,
-        **kwargs: Any,
+    def _model_arguments(self, labels: torch.Tensor | None) -> dict[str, Any]:
+        return {"adds_router_loss": labels is not None}
+
+    def _output(
+        self, outputs: RoutedModelOutputWithPast, loss: torch.Tensor | None, logits: torch.Tensor
     ) -> RoutedSequenceClassifierOutputWithPast:
-        """As in every sequence classifier of transformers; `labels` has shape `(batch,)` or `(batch, num_labels)`.
-
-        Raises:
-            ValueError: for a batch of several rows without a way to tell their last tokens.
-        """
-        kwargs.pop("num_items_in_batch", None)
-        outputs = self.model(
-            input_ids,
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            cache=cache,
-            inputs_embeds=inputs_embeds,
-            use_cache=use_cache,
-            adds_router_loss=labels is not None,
-            **kwargs,
-        )
-        logits = self.score(outputs.last_hidden_state)
-        last = self._last_tokens(input_ids, attention_mask, logits)
-        pooled_logits = logits[torch.arange(logits.shape[0], device=logits.device), last]
-        loss = None
-        if labels is not None:
-            loss = self.loss_function(logits=logits, labels=labels, pooled_logits=pooled_logits, config=self.config)
-            if outputs.aux_loss is not None:
-                loss = loss + outputs.aux_loss.to(loss.device)
-        return RoutedSequenceClassifierOutputWithPast(loss=loss, logits=pooled_logits, **_routing_fields(outputs))
-
-    def _last_tokens(
-        self, input_ids: torch.Tensor | None, attention_mask: torch.Tensor | None, logits: torch.Tensor
-    ) -> torch.Tensor | int:
-        if input_ids is not None and self.config.pad_token_id is not None:
-            present = input_ids != self.config.pad_token_id
-        elif attention_mask is not None and attention_mask.ndim == 2:
-            present = attention_mask[:, -logits.shape[1] :].bool()
-        elif input_ids is not None and logits.shape[0] > 1:
-            raise ValueError(
-                f"the batch has {logits.shape[0]} rows, but neither `config.pad_token_id` nor a 2D `attention_mask` "
-                "tells where they end; give one of them."
-            )
-        else:
-            return -1
-        positions = torch.arange(logits.shape[1], device=logits.device)
-        return (positions * present.to(logits.device)).argmax(dim=-1)
+        if loss is not None and outputs.aux_loss is not None:
+            loss = loss + outputs.aux_loss.to(loss.device)
+        return RoutedSequenceClassifierOutputWithPast(loss=loss, logits=logits, **_routing_fields(outputs))

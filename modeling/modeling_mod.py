@@ -14,7 +14,7 @@ from ..configuration.routed_config import RoutedPass
 from .decoder_backbone import family_of
 from .expert_choice import UNSET_THRESHOLD, ExpertChoice
 from .generation_guard import RoutedGenerationGuard
-from .heads import CausalLMHead, SequenceClassificationHead
+from .heads import CausalLMHead, RoutedClassificationHead
 from .layer_runner import LayerGroup
 from .module_mixins import RoutedPart, route_part
 from .remote_code import register_class_names
@@ -138,7 +138,7 @@ class MoDForCausalLM(RoutedGenerationGuard, CausalLMHead, MoDPreTrainedModel, Ge
         self._build_head(MoDModel(config))
 
 
-class MoDForSequenceClassification(SequenceClassificationHead, MoDPreTrainedModel):
+class MoDForSequenceClassification(RoutedClassificationHead, MoDPreTrainedModel):
     def __init__(self, config: MoDConfig):
         super().__init__(config)
         self._build_head(MoDModel(config))

@@ -16,7 +16,7 @@ from ..configuration.configuration_mor import ROUTER_TYPES, MoRConfig, Recursive
 from .depth_cache import SharedKeyValues
 from .expert_choice import ExpertChoice
 from .generation_guard import RoutedGenerationGuard
-from .heads import CausalLMHead, SequenceClassificationHead
+from .heads import CausalLMHead, RoutedClassificationHead
 from .layer_runner import Combine, LayerGroup, Pick
 from .module_mixins import share_key_values
 from .remote_code import register_class_names
@@ -197,7 +197,7 @@ class MoRForCausalLM(RoutedGenerationGuard, CausalLMHead, MoRPreTrainedModel, Ge
         self._build_head(MoRModel(config))
 
 
-class MoRForSequenceClassification(SequenceClassificationHead, MoRPreTrainedModel):
+class MoRForSequenceClassification(RoutedClassificationHead, MoRPreTrainedModel):
     def __init__(self, config: MoRConfig):
         super().__init__(config)
         self._build_head(MoRModel(config))

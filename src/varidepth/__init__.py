@@ -9,15 +9,19 @@ from typing import Any
 
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
 
+from varidepth.configuration.configuration_jrt import JRTConfig
 from varidepth.configuration.configuration_mod import MoDConfig
 from varidepth.configuration.configuration_mor import MoRConfig
 from varidepth.conversion.convert import convert
+from varidepth.modeling.modeling_jrt import JRTForCausalLM, JRTForSequenceClassification, JRTModel
 from varidepth.modeling.modeling_mod import MoDForCausalLM, MoDForSequenceClassification, MoDModel
 from varidepth.modeling.modeling_mor import MoRForCausalLM, MoRForSequenceClassification, MoRModel
+from varidepth.modeling.prefix_linear_attention import prefix_linear_attention
+from varidepth.modeling.prefix_mixers import PrefixLinearAttention
 
 
 def _register() -> None:
-    for model in (MoRForCausalLM, MoDForCausalLM):
+    for model in (MoRForCausalLM, MoDForCausalLM, JRTForCausalLM):
         classes: dict[str, Any] = model.remote_classes
         config = classes["AutoConfig"]
         AutoConfig.register(config.model_type, config)
@@ -29,6 +33,10 @@ def _register() -> None:
 _register()
 
 __all__ = [
+    "JRTConfig",
+    "JRTForCausalLM",
+    "JRTForSequenceClassification",
+    "JRTModel",
     "MoDConfig",
     "MoDForCausalLM",
     "MoDForSequenceClassification",
@@ -37,6 +45,8 @@ __all__ = [
     "MoRForCausalLM",
     "MoRForSequenceClassification",
     "MoRModel",
+    "PrefixLinearAttention",
     "__version__",
     "convert",
+    "prefix_linear_attention",
 ]

@@ -1,0 +1,66 @@
+"""The training objective of JRT-RNN: next tokens behind the prefix, masked tokens inside it (paper, section 4.2)."""
+
+import torch
+from torch.nn import functional as F
+
+from .prefix_tokens import Prefix
+
+
+IGNORED = -100
+
+
+def prefix_lm_loss(
+    logits: torch.Tensor,
+    labels: torch.Tensor,
+    input_ids: torch.Tensor | None,
+    prefix: Prefix | None,
+    mask_token_id: int | None,
+    mlm_loss_weight: float,
+    num_items_in_batch: int | torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Mean loss of next tokens + `mlm_loss_weight` times that of masked tokens.
+
+    A label stands at the token that it names, as everywhere in transformers. Behind the prefix it is predicted from
+    the position before; in the prefix from its own position, and only where the input is the mask token. Other labels
+    up to the end of the prefix are not read: the prefix has seen their tokens.
+
+    Args:
+        logits (`torch.Tensor` of shape `(batch, tokens, vocab_size)`)
+        labels (`torch.LongTensor` of shape `(batch, tokens)`): token ids; -100 where there is nothing to learn.
+        input_ids (`torch.LongTensor` of shape `(batch, tokens)`, *optional*): without them no masked token is known.
+        prefix: of each row; `None` for a causal model.
+        mask_token_id, mlm_loss_weight: as in `JRTConfig`.
+        num_items_in_batch:
+            Labels of the whole batch, of which this call is one part; its loss then counts by its share of them.
+
+    Raises:
+        ValueError: if there are labels, but none that may be read.
+    """
+    next_labels = F.pad(_behind(labels, prefix)[:, 1:], (0, 1), value=IGNORED)
+    loss = _mean_loss(logits.flatten(0, 1), next_labels.flatten())
+    readable = next_labels.ne(IGNORED).any()
+    if prefix is not None and input_ids is not None and mask_token_id is not None:
+        masked = prefix.mask & input_ids.eq(mask_token_id) & labels.ne(IGNORED)
+        loss = loss + mlm_loss_weight * _mean_loss(logits[masked], labels[masked])
+        readable = readable | masked.any()
+    given = labels[:, 1:].ne(IGNORED).sum()
+    if not torch.compiler.is_compiling() and bool(given) and not bool(readable):
+        raise ValueError(
+            "every label lies in the prefix, which has seen its token, so there is no loss to read; pass a shorter "
+            "`prefix_length` (the prompt's), longer rows, or inputs with mask tokens (`JRTCollator`)."
+        )
+    return loss if num_items_in_batch is None else loss * (given / num_items_in_batch)
+
+
+def _behind(labels: torch.Tensor, prefix: Prefix | None) -> torch.Tensor:
+    """The labels behind the last token of each row's prefix."""
+    if prefix is None:
+        return labels
+    seen = prefix.mask.flip(1).cummax(dim=1).values.flip(1)
+    return labels.masked_fill(seen, IGNORED)
+
+
+def _mean_loss(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """Zero, with a gradient of zero, where nothing is labelled."""
+    total = F.cross_entropy(logits.float(), labels, ignore_index=IGNORED, reduction="sum")
+    return total / labels.ne(IGNORED).sum().clamp(min=1)
