@@ -78,13 +78,17 @@ def _swde(row: Row, text: str, repeated: bool) -> Reading:
 
 def _cloze(row: Row, text: str, repeated: bool, without: Callable[[str, str], str] = _without_trailing) -> Reading:
     question = row["question"].strip()
-    context = _sentence(without(text.strip(), question), (None, ".", None) if repeated else (None, "."))
+    context = _sentence(without(text, question), (None, ".", None) if repeated else (None, "."))
     return Reading(row["orig_question"].strip(":"), context, f"{context} {question}")
 
 
 def _nq(row: Row, text: str, repeated: bool) -> Reading:
     # for the prompt without repetition the official code removes one copy of the question, in its own case only
-    return _cloze(row, text, repeated, _without_trailing if repeated else str.removesuffix)
+    return _cloze(row, text.strip(), repeated, _without_trailing if repeated else str.removesuffix)
+
+
+def _drop(row: Row, text: str, repeated: bool) -> Reading:
+    return _cloze(row, text.strip(), repeated)
 
 
 def _triviaqa(row: Row, text: str, repeated: bool) -> Reading:
@@ -105,7 +109,7 @@ TASKS = {
     "fda": RecallTask(_fda, context="text", answer="value", searched=("key", "value")),
     "swde": RecallTask(_swde, context="text", answer="value", searched=("key", "value"), clean=_before_summary),
     "nq": RecallTask(_nq, context="context", answer="answers", searched=("answers",)),
-    "drop": RecallTask(_cloze, context="context", answer="answers", searched=()),
+    "drop": RecallTask(_drop, context="context", answer="answers", searched=()),
     "triviaqa": RecallTask(_triviaqa, context="context", answer="answers", searched=()),
     "squad": RecallTask(_squad, context="text", answer="value", searched=("value",)),
 }
@@ -141,17 +145,15 @@ def task_answers(task: str, row: Row) -> list[str]:
         return _strings(row[_known(task).answer])
 
 
-def truncate_row(
-    task: str, row: Row, tokenizer: Any, *, context_length: int = 1000, answer_length: int = 50
-) -> dict[str, Any] | None:
+def truncate_row(task: str, row: Row, tokenizer: Any, **window: Any) -> dict[str, Any] | None:
     """The row with its context cut to the paper's window around the answer.
 
     For NQ the first answer is looked for, then the column `alt_answers` where there is one; Drop and TriviaQA keep the
-    start. Where no answer occurs the start is kept, too.
+    start.
 
     Args:
         task, row: as in `task_prompt`.
-        tokenizer, context_length, answer_length: as in `window_around_answer`.
+        tokenizer, window: as in `window_around_answer`: `context_length`, `answer_length`, `missing`.
 
     Returns:
         A changed copy, or `None` for a row that the paper leaves out: what is looked for has a single character.
@@ -168,10 +170,7 @@ def truncate_row(
     if wanted and answer_position(context, wanted) is None:
         others = row.get("alt_answers") or ()
         wanted = next(([other] for other in others if answer_position(context, [other]) is not None), wanted)
-    window = window_around_answer(
-        tokenizer, context, wanted, context_length=context_length, answer_length=answer_length
-    )
-    return {**row, known.context: window}
+    return {**row, known.context: window_around_answer(tokenizer, context, wanted, **window)}
 
 
 def _known(task: str) -> RecallTask:

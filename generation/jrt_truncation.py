@@ -70,10 +70,9 @@ def window_around_answer(
     context, answers = context.strip(), list(answers)
     tokens = token_ids(tokenizer, context)
     position = answer_position(context, answers)
-    if position is not None:
-        before = len(token_ids(tokenizer, context[:position]))
-    else:
-        before = len(tokens) if answers and missing == "end" else 0
+    if position is None:
+        position = -1 if answers and missing == "end" else 0
+    before = len(token_ids(tokenizer, context[:position]))
     start = max(0, before - size // 2)
     return _text(tokenizer, tokens[start : start + size])
 
