@@ -30,7 +30,7 @@ from transformers.utils.output_capturing import capture_outputs
 from ..configuration.configuration_jrt import JRTConfig
 from .cache_naming import CACHE, NamedCache, cache_argument
 from .classification_head import ClassificationHead
-from .prefix_cache import adopt_state_layers, seen_columns, state_layer_of
+from .prefix_cache import adopt_state_layers, seen_columns, state_layers
 from .prefix_generation import PrefixGeneration
 from .prefix_loss import prefix_lm_loss
 from .prefix_mixers import GatedShortConvolution, PrefixLinearAttention
@@ -161,7 +161,7 @@ class JRTModel(JRTPreTrainedModel):
 
     def adopt_cache(self, cache: Cache) -> None:
         """Prepares an empty cache of transformers' for this model, in place; raises a `ValueError` for others."""
-        adopt_state_layers(cache, self.config.layer_types)
+        adopt_state_layers(cache, self.config)
 
     @cache_argument
     @merge_with_config_defaults
@@ -208,6 +208,8 @@ class JRTModel(JRTPreTrainedModel):
             _check_prefix(cache, prefix_length, encoder_mask)
         else:
             self._check_documents(position_ids, attention_mask, inputs_embeds)
+            if prefix_length is None and encoder_mask is None:
+                encoder_mask = next((layer.planned_mask for layer in state_layers(cache)), None)
             prefix = find_prefix(inputs_embeds, padding, prefix_length, encoder_mask, default=config.prefix_length)
             if prefix is not None and not config.prefix_length:
                 raise ValueError("a prefix was given, but `config.prefix_length` is 0: the model is causal.")
@@ -289,11 +291,11 @@ def _check_prefix(
     """A cache that has seen tokens has its prefix; another one is refused."""
     if encoder_mask is not None:
         raise ValueError("`encoder_mask` was given with a cache that has read its prefix; leave it out.")
-    layer = state_layer_of(cache)
-    if prefix_length is None or layer is None or torch.compiler.is_compiling():
+    layers = state_layers(cache)
+    if prefix_length is None or not layers or torch.compiler.is_compiling():
         return
-    known = layer.prefix_lengths
-    known = known if known is not None else layer.state.new_zeros(layer.state.shape[0], dtype=torch.long)
+    known, state = layers[0].prefix_lengths, layers[0].state
+    known = known if known is not None else state.new_zeros(state.shape[0], dtype=torch.long)
     if not bool((torch.as_tensor(prefix_length, device=known.device) == known).all()):
         raise ValueError(
             f"`prefix_length` is {torch.as_tensor(prefix_length).tolist()}, but the cache has read a prefix of "

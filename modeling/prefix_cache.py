@@ -5,13 +5,50 @@ the place of transformers' linear attention layer, which needs a convolution, co
 back.
 """
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
-from transformers.cache_utils import Cache, CacheLayerMixin
+from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache
+from transformers.configuration_utils import PreTrainedConfig
 
 from .feature_maps import FeatureMap
 from .prefix_linear_attention import prefix_linear_attention
+
+
+class Tokens(NamedTuple):
+    """What a layer reads of new tokens: the arguments of `prefix_linear_attention`."""
+
+    key: torch.Tensor
+    value: torch.Tensor
+    attention_mask: torch.Tensor | None
+    prefix: tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]
+    feature_map: str | FeatureMap
+
+    def read(self, state: torch.Tensor | None, first: int) -> torch.Tensor:
+        """The state after the prefix and the first tokens."""
+        prefix_key, prefix_value, prefix_mask = self.prefix
+        key, value = self.key[:, :, :first], self.value[:, :, :first]
+        mask = None if self.attention_mask is None else self.attention_mask[:, :first]
+        _, state = prefix_linear_attention(
+            key,
+            key,
+            value,
+            prefix_key,
+            prefix_value,
+            attention_mask=mask,
+            prefix_mask=prefix_mask,
+            state=state,
+            feature_map=self.feature_map,
+        )
+        return state
+
+    def map(self, function: Callable[[torch.Tensor], torch.Tensor]) -> "Tokens":
+        def of(tensor: torch.Tensor | None) -> Any:
+            return None if tensor is None else function(tensor)
+
+        key, value, mask, prefix, feature_map = self
+        return Tokens(of(key), of(value), of(mask), tuple(of(t) for t in prefix), feature_map)  # type: ignore[arg-type]
 
 
 class PrefixStateLayer(CacheLayerMixin):
@@ -20,6 +57,8 @@ class PrefixStateLayer(CacheLayerMixin):
         state (`torch.Tensor` of shape `(batch, heads, features, value_dim + 1)`):
             The state after all tokens seen; `None` before the first one.
         prefix_lengths (`torch.LongTensor` of shape `(batch,)`): tokens of each row's prefix.
+        planned_mask (`torch.BoolTensor` of shape `(batch, prompt tokens)`):
+            The prefix to read, where the first call sees more than the prompt.
         seen: columns seen, pads included.
         record_past: keep the keys and values since the last `crop`, so that it can undo them.
     """
@@ -27,7 +66,7 @@ class PrefixStateLayer(CacheLayerMixin):
     is_compileable = True
     is_sliding = False
     supports_early_init = False
-    _tensors = ("state", "prefix_lengths", "_base")
+    _tensors = ("state", "prefix_lengths", "planned_mask", "_base")
 
     def __init__(self, **kwargs: Any):
         super().__init__()
@@ -37,6 +76,7 @@ class PrefixStateLayer(CacheLayerMixin):
     def reset(self) -> None:
         self.state: torch.Tensor | None = None
         self.prefix_lengths: torch.Tensor | None = None
+        self.planned_mask: torch.Tensor | None = None
         self.seen = 0
         self._forget()
         self.is_initialized = False
@@ -44,29 +84,17 @@ class PrefixStateLayer(CacheLayerMixin):
     def _forget(self) -> None:
         """The state becomes what a rollback starts from."""
         self._base = self.state if self.record_past else None
-        self._past: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]] = []
+        self._past: list[Tokens] = []
 
-    def advance(
-        self,
-        state: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        attention_mask: torch.Tensor | None,
-        prefix_lengths: torch.Tensor | None,
-        feature_map: str | FeatureMap,
-    ) -> None:
-        """Takes the state after new tokens, whose keys and values have shape `(batch, heads, tokens, size)`."""
+    def advance(self, state: torch.Tensor, tokens: Tokens, prefix_lengths: torch.Tensor | None) -> None:
+        """Takes the state after new tokens."""
         if not self.is_initialized:
             self.is_initialized, self.device, self.dtype = True, state.device, state.dtype
             self.prefix_lengths = prefix_lengths
-            # the prefix stays in the state: it cannot be undone
-            self.state = state
-            self._forget()
-        elif self.record_past:
-            self._past.append((key, value, attention_mask))
-            self._feature_map = feature_map
+        if self.record_past:
+            self._past.append(tokens)
         self.state = state
-        self.seen += key.shape[2]
+        self.seen += tokens.key.shape[2]
 
     def activate_past_recording(self) -> None:
         self.record_past = True
@@ -82,26 +110,18 @@ class PrefixStateLayer(CacheLayerMixin):
         Raises:
             RuntimeError: if they were not recorded.
         """
-        removed = abs(tokens_to_remove)
-        recorded = sum(key.shape[2] for key, _, _ in self._past)
-        if removed and not (self.record_past and tokens_to_remove < 0 and removed <= recorded):
+        removed, recorded = abs(tokens_to_remove), sum(tokens.key.shape[2] for tokens in self._past)
+        if removed and not (tokens_to_remove < 0 and removed <= recorded):
             raise RuntimeError(
                 f"`crop({tokens_to_remove})` was called, but a state of linear attention can only undo tokens that it "
-                f"recorded, which are {recorded if self.record_past else 0}; call `activate_past_recording` before "
-                "they are seen, and pass their number as a negative one."
+                f"recorded, which are {recorded}; call `activate_past_recording` before they are seen, and pass their "
+                "number as a negative one."
             )
         if removed:
-            kept = recorded - removed
-            self.state = self._base
-            for key, value, mask in self._past:
-                tokens = min(kept, key.shape[2])
-                kept -= tokens
-                if tokens:
-                    key, value = key[:, :, :tokens], value[:, :, :tokens]
-                    mask = None if mask is None else mask[:, :tokens]
-                    _, self.state = prefix_linear_attention(
-                        key, key, value, attention_mask=mask, state=self.state, feature_map=self._feature_map
-                    )
+            kept, self.state = recorded - removed, self._base
+            for tokens in self._past:
+                self.state = tokens.read(self.state, first=kept)
+                kept -= min(kept, tokens.key.shape[2])
             self.seen -= removed
         self._forget()
 
@@ -123,11 +143,11 @@ class PrefixStateLayer(CacheLayerMixin):
     def get_max_cache_shape(self) -> int:
         return -1
 
-    def _map(self, function: Any) -> None:
+    def _map(self, function: Callable[[torch.Tensor], torch.Tensor]) -> None:
         for name in self._tensors:
             if getattr(self, name) is not None:
                 setattr(self, name, function(getattr(self, name)))
-        self._past = [tuple(t if t is None else function(t) for t in tensors) for tensors in self._past]  # type: ignore[misc]
+        self._past = [tokens.map(function) for tokens in self._past]
 
     def offload(self) -> None:
         self._map(lambda tensor: tensor.to("cpu", non_blocking=True))
@@ -145,14 +165,18 @@ class PrefixStateLayer(CacheLayerMixin):
         self._map(lambda tensor: tensor[indices])
 
 
-def adopt_state_layers(cache: Cache | None, layer_types: list[str]) -> Cache | None:
-    """Puts `PrefixStateLayer`s where `layer_types` says `linear_attention`, in place.
+def adopt_state_layers(cache: Cache | None, config: PreTrainedConfig) -> Cache | None:
+    """Puts `PrefixStateLayer`s where `config.layer_types` says `linear_attention`, in place.
 
     Raises:
         ValueError: for a cache that was made for another model.
     """
     if cache is None:
         return None
+    if not cache.layers and isinstance(cache, DynamicCache):
+        # made without a configuration
+        cache.layers = DynamicCache(config=config).layers
+    layer_types = config.layer_types
     if len(cache.layers) != len(layer_types):
         raise ValueError(
             f"the cache has {len(cache.layers)} layers, but the model needs one of its own kind for each of its "
@@ -167,15 +191,13 @@ def adopt_state_layers(cache: Cache | None, layer_types: list[str]) -> Cache | N
     return cache
 
 
-def state_layer_of(cache: Cache | None) -> PrefixStateLayer | None:
-    """The first state layer that has seen a token."""
-    layers = () if cache is None else cache.layers
-    return next((layer for layer in layers if isinstance(layer, PrefixStateLayer) and layer.is_initialized), None)
+def state_layers(cache: Cache | None) -> list[PrefixStateLayer]:
+    return [layer for layer in (() if cache is None else cache.layers) if isinstance(layer, PrefixStateLayer)]
 
 
 def seen_columns(cache: Cache | None) -> int:
     """Columns that a cache has seen, pads included."""
     if cache is None:
         return 0
-    counting = [layer for layer in cache.layers if isinstance(layer, CacheLayerMixin)]
-    return max((int(layer.get_seq_length()) for layer in counting), default=0)
+    # the largest number: short prompts may be padded behind the back of whoever counts tokens
+    return max([0] + [layer.get_seq_length() for layer in cache.layers if isinstance(layer, CacheLayerMixin)])

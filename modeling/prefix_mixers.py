@@ -8,6 +8,7 @@ from torch.nn import functional as F
 from transformers.cache_utils import Cache
 
 from .feature_maps import FeatureMap
+from .prefix_cache import Tokens
 from .prefix_linear_attention import prefix_linear_attention
 from .prefix_tokens import Prefix, find_prefix
 
@@ -113,8 +114,8 @@ class PrefixLinearAttention(nn.Module):
             **options,
         )
         if slot is not None:
-            lengths = None if prefix is None else prefix.lengths
-            slot.advance(state, key, value, attention_mask, lengths, self.feature_map)
+            read = Tokens(key, value, attention_mask, (prefix_key, prefix_value, prefix_mask), self.feature_map)
+            slot.advance(state, read, None if prefix is None else prefix.lengths)
         return self.o_proj(output.transpose(1, 2).flatten(2)), state
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, set_seed
 
-from varidepth import MoDConfig, MoRConfig
+from varidepth import JRTConfig, MoDConfig, MoRConfig
 
 
 VOCABULARY = 61
@@ -79,6 +79,19 @@ MOD_CASES: dict[str, dict[str, Any]] = {
 for _fields in MOD_CASES.values():
     _fields.update({"num_hidden_layers": 4, "capacity": 0.5})
 CASES |= MOD_CASES
+# The prefix ends within, at and behind the prompts; layouts with and without what counts columns for transformers.
+_LINEAR_FIRST = ["linear_attention", "conv", "linear_attention", "sliding_attention"]
+JRT_CASES: dict[str, dict[str, Any]] = {
+    "jrt": {"prefix_length": 7, "num_hidden_layers": 5},
+    "jrt-long_prefix": {"prefix_length": 20, "layer_types": _LINEAR_FIRST, "feature_map": "softmax"},
+    "jrt-recurrent": {"prefix_length": 5, "layer_types": ["linear_attention", "conv"] * 2},
+    "jrt-causal": {"prefix_length": 0, "num_hidden_layers": 5},
+    "jrt-iterate": {"prefix_length": 12, "num_hidden_layers": 5, "short_prompt": "iterate"},
+}
+for _fields in JRT_CASES.values():
+    _fields.setdefault("num_hidden_layers", 4)
+    _fields.update({"feature_dim": 4, "sliding_window": 5, "mask_token_id": 1})
+
 # As small as routing and a cache allow, for what takes seconds per layer.
 SMALLEST: dict[str, dict[str, Any]] = {
     "smallest": EXPERT | {"num_hidden_layers": 2, "num_recursions": 2, "sharing": "cycle"},
@@ -86,7 +99,10 @@ SMALLEST: dict[str, dict[str, Any]] = {
 }
 
 
-def config_of(case: str, **fields: Any) -> MoRConfig | MoDConfig:
+def config_of(case: str, **fields: Any) -> MoRConfig | MoDConfig | JRTConfig:
+    if case in JRT_CASES:
+        sizes = {key: value for key, value in SIZES.items() if key != "num_key_value_heads"}
+        return JRTConfig(**sizes | JRT_CASES[case] | fields)
     config_class = MoDConfig if "mod" in case else MoRConfig
     return config_class(**SIZES | (CASES | SMALLEST)[case] | fields)
 
@@ -139,32 +155,46 @@ def padded(rows: list[torch.Tensor], side: str = "left") -> tuple[torch.Tensor, 
     return ids, mask
 
 
+def prefix_of(model: Any, prompt_length: int) -> dict[str, int]:
+    """The argument that keeps the prefix of a JRT-RNN that of the prompt; none for other models."""
+    config = model.config
+    if config.model_type != "jrt" or config.short_prompt == "iterate":
+        return {}
+    return {"prefix_length": min(config.prefix_length, prompt_length)}
+
+
 @torch.no_grad()
-def full_logits(model: Any, ids: torch.Tensor) -> torch.Tensor:
-    """fp32 logits of shape `(1, length, vocabulary)` of one row, without a cache."""
-    return model(input_ids=ids, use_cache=False).logits.float()
+def full_logits(model: Any, ids: torch.Tensor, prompt_length: int | None = None) -> torch.Tensor:
+    """fp32 logits of shape `(1, length, vocabulary)` of one row, without a cache; the whole row is the prompt if not
+    told otherwise."""
+    prefix = prefix_of(model, ids.shape[1] if prompt_length is None else prompt_length)
+    return model(input_ids=ids, use_cache=False, **prefix).logits.float()
 
 
-def slow_greedy(model: Any, ids: torch.Tensor, steps: int) -> tuple[torch.Tensor, torch.Tensor]:
+def slow_greedy(
+    model: Any, ids: torch.Tensor, steps: int, prompt_length: int | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Greedy continuation of one row: the whole row `(1, length + steps)` and the logits `(steps, vocabulary)`."""
     seen = []
+    prompt_length = ids.shape[1] if prompt_length is None else prompt_length
     for _ in range(steps):
-        seen.append(full_logits(model, ids)[0, -1])
+        seen.append(full_logits(model, ids, prompt_length)[0, -1])
         ids = torch.cat([ids, seen[-1].argmax()[None, None]], dim=1)
     return ids, torch.stack(seen)
 
 
 def slow_sample(model: Any, ids: torch.Tensor, steps: int, temperature: float) -> torch.Tensor:
     """Sampled continuation of one row; draws from torch's global generator, one draw per token."""
+    prompt_length = ids.shape[1]
     for _ in range(steps):
-        probabilities = (full_logits(model, ids)[:, -1] / temperature).softmax(dim=-1)
+        probabilities = (full_logits(model, ids, prompt_length)[:, -1] / temperature).softmax(dim=-1)
         ids = torch.cat([ids, torch.multinomial(probabilities, 1)], dim=1)
     return ids
 
 
 def slow_score(model: Any, ids: torch.Tensor, prompt_length: int) -> torch.Tensor:
     """Mean log-probability of the tokens after the prompt, the score of a beam with length penalty 1."""
-    log_probabilities = full_logits(model, ids)[0, prompt_length - 1 : -1].log_softmax(dim=-1)
+    log_probabilities = full_logits(model, ids, prompt_length)[0, prompt_length - 1 : -1].log_softmax(dim=-1)
     return log_probabilities.gather(1, ids[0, prompt_length:, None]).sum() / (ids.shape[1] - prompt_length)
 
 

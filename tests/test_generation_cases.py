@@ -12,11 +12,13 @@ import pytest
 import torch
 from generation_reference import (
     CASES,
+    JRT_CASES,
     SMALLEST,
     build,
     config_of,
     full_logits,
     padded,
+    prefix_of,
     prompts,
     relative_error,
     slow_greedy,
@@ -26,6 +28,7 @@ from generation_reference import (
 )
 from tiny_families import run_with_margin
 from transformers import AutoModelForCausalLM, DynamicCache, StaticCache, set_seed
+from transformers.cache_utils import StaticLayer
 from transformers.generation.streamers import BaseStreamer
 
 from varidepth.modeling.cache_naming import CACHE
@@ -33,9 +36,14 @@ from varidepth.modeling.cache_naming import CACHE
 
 STEPS = 8
 TOLERANCE = 1e-5
-ALL = list(CASES)
+ROUTED = list(CASES)
+ALL = [*CASES, *JRT_CASES]
+# those whose cache may start before the whole prompt is known, and hold everything
+CACHED = [case for case in ALL if case != "jrt-iterate"]
 pytestmark = pytest.mark.timeout(120)
 each_case = pytest.mark.parametrize("case", ALL)
+each_routed_case = pytest.mark.parametrize("case", ROUTED)
+each_cached_case = pytest.mark.parametrize("case", CACHED)
 
 
 @pytest.fixture(autouse=True)
@@ -56,7 +64,7 @@ def assert_rows(sequences: torch.Tensor, rows: list[torch.Tensor]) -> None:
         assert sequence[-row.shape[1] :].tolist() == row[0].tolist()
 
 
-@each_case
+@each_routed_case
 def test_scores_keep_their_distance(case: str) -> None:
     """The comparisons below mean something: no decision is within rounding, and depths differ between tokens."""
     model = build(case)
@@ -109,7 +117,9 @@ def test_padding_changes_no_logit(case: str, side: str, use_cache: bool) -> None
         assert relative_error(logits[place][mask[place] == 1], full_logits(model, row)[0]) <= TOLERANCE
 
 
-@pytest.mark.parametrize("case", [case for case in ALL if "sliding_window" not in CASES[case]])
+@pytest.mark.parametrize(
+    "case", [case for case in ALL if "sliding_window" not in (CASES | JRT_CASES)[case] or case == "jrt-recurrent"]
+)
 def test_decode_after_right_padded_prefill(case: str) -> None:
     """Not with a sliding window: there, as in every vanilla model, pads between tokens use up the window."""
     model = build(case)
@@ -122,7 +132,7 @@ def test_decode_after_right_padded_prefill(case: str) -> None:
     positions = torch.tensor([[row.shape[1]] for row in rows])
     logits = model(input_ids=token, attention_mask=mask, position_ids=positions, cache=cache).logits
     for place, row in enumerate(rows):
-        reference = full_logits(model, torch.cat([row, token[place : place + 1]], dim=1))[0, -1:]
+        reference = full_logits(model, torch.cat([row, token[place : place + 1]], dim=1), row.shape[1])[0, -1:]
         assert relative_error(logits[place], reference) <= TOLERANCE
 
 
@@ -137,7 +147,7 @@ def test_sample(case: str) -> None:
         assert output.sequences.tolist() == row.tolist()
 
 
-@each_case
+@each_cached_case
 @pytest.mark.parametrize("do_sample", [False, True], ids=["beam", "beam-sample"])
 def test_beam_search(case: str, do_sample: bool) -> None:
     model = build(case)
@@ -168,7 +178,7 @@ def test_num_return_sequences(case: str) -> None:
     assert len(found[True]) == 9
 
 
-@each_case
+@each_cached_case
 @pytest.mark.parametrize("role", ["target", "assistant", "both"])
 def test_assisted_decoding(case: str, role: str) -> None:
     model, ids = build(case), prompts()[0]
@@ -180,7 +190,7 @@ def test_assisted_decoding(case: str, role: str) -> None:
     assert relative_error(torch.cat(output.logits), logits) <= TOLERANCE
 
 
-@each_case
+@each_cached_case
 def test_prompt_lookup(case: str) -> None:
     model = build(case)
     ids = prompts()[1].repeat(1, 3)
@@ -189,14 +199,15 @@ def test_prompt_lookup(case: str) -> None:
     assert output.sequences.tolist() == row.tolist()
 
 
-@each_case
+@each_cached_case
 def test_continue_from_a_cache(case: str) -> None:
     """Two further turns on the cache of the first, for a left-padded batch."""
     model = build(case)
     ids, mask = padded(prompts())
     rows, cache = prompts(), None
     for turn in range(3):
-        references = [slow_greedy(model, row, 3)[0] for row in rows]
+        lengths = [row.shape[1] for row in prompts()]
+        references = [slow_greedy(model, row, 3, length)[0] for row, length in zip(rows, lengths, strict=True)]
         output = generate(model, ids, attention_mask=mask, cache=cache, max_new_tokens=3)
         assert_rows(output.sequences, references)
         cache = output[CACHE]
@@ -206,21 +217,21 @@ def test_continue_from_a_cache(case: str) -> None:
         rows = [torch.cat([row, said[place : place + 1]], dim=1) for place, row in enumerate(references)]
 
 
-@each_case
+@each_cached_case
 def test_crop_and_redo(case: str) -> None:
     """A cache cut back by some tokens and filled again gives the logits of a fresh one."""
     model, ids = build(case), slow_greedy(build(case), prompts()[0], STEPS)[0]
-    reference = full_logits(model, ids)
+    reference = full_logits(model, ids, 6)
     cache = DynamicCache(config=model.config)
     cache.activate_past_recording()
-    model(input_ids=ids[:, :10], cache=cache)
+    model(input_ids=ids[:, :10], cache=cache, **prefix_of(model, 6))
     cache.crop(-4)
     assert cache.get_seq_length() == 6
     logits = model(input_ids=ids[:, 6:], cache=cache).logits
     assert relative_error(logits, reference[:, 6:]) <= TOLERANCE
 
 
-@each_case
+@each_cached_case
 def test_inputs_embeds(case: str) -> None:
     model, ids = build(case), prompts()[0]
     row, _ = slow_greedy(model, ids, STEPS)
@@ -228,7 +239,7 @@ def test_inputs_embeds(case: str) -> None:
     assert output.sequences.tolist() == row[:, ids.shape[1] :].tolist()
 
 
-@each_case
+@each_cached_case
 @pytest.mark.parametrize("chunk", [1, 2, 4])
 def test_chunked_prefill(case: str, chunk: int) -> None:
     model = build(case)
@@ -274,7 +285,7 @@ def test_logits_to_keep(case: str) -> None:
     assert relative_error(kept, logits[:, chosen]) <= TOLERANCE
 
 
-@each_case
+@each_routed_case
 @pytest.mark.parametrize("use_cache", [True, False])
 def test_outputs_on_request(case: str, use_cache: bool) -> None:
     """Scores, hidden states and attentions have the shapes of a model as deep as the unrolled one."""
@@ -300,7 +311,7 @@ def test_outputs_on_request(case: str, use_cache: bool) -> None:
             assert relative_error(head, output.scores[step]) <= TOLERANCE
 
 
-@each_case
+@each_routed_case
 def test_routing_is_reported(case: str) -> None:
     """Depth per token: the same from a full forward, a prefill with decode, and a padded batch; none at pads."""
     model, row = build(case), prompts()[0]
@@ -319,7 +330,7 @@ def test_routing_is_reported(case: str) -> None:
     assert not batch[mask == 0].any()
 
 
-@each_case
+@each_cached_case
 def test_static_cache(case: str) -> None:
     model = build(case)
     ids, mask = padded(prompts())
@@ -330,7 +341,7 @@ def test_static_cache(case: str) -> None:
     assert relative_error(logits, torch.stack([logits for _, logits in references])) <= TOLERANCE
 
 
-@each_case
+@each_cached_case
 def test_static_cache_chunked_prefill_and_embeds(case: str) -> None:
     model, ids = build(case), prompts()[0]
     row, _ = slow_greedy(model, ids, STEPS)
@@ -338,6 +349,16 @@ def test_static_cache_chunked_prefill_and_embeds(case: str) -> None:
     assert output.sequences.tolist() == row.tolist()
     output = generate(model, inputs_embeds=model.get_input_embeddings()(ids), cache_implementation="static")
     assert output.sequences.tolist() == row[:, ids.shape[1] :].tolist()
+
+
+@pytest.mark.skipif(not StaticLayer.is_croppable, reason="transformers below 5.24 cannot crop a static cache")
+@pytest.mark.parametrize("case", [*ROUTED, "jrt-recurrent"])
+@pytest.mark.parametrize("way", ["assistant", "lookup"])
+def test_static_cache_goes_back_on_what_was_guessed_wrong(case: str, way: str) -> None:
+    model, ids = build(case), prompts()[1].repeat(1, 3)
+    row, _ = slow_greedy(model, ids, STEPS)
+    guess = {"assistant_model": vanilla()} if way == "assistant" else {"prompt_lookup_num_tokens": 3}
+    assert generate(model, ids, cache_implementation="static", **guess).sequences.tolist() == row.tolist()
 
 
 def decode(step: Callable[..., Any], model: Any, cache: Any, ids: torch.Tensor) -> torch.Tensor:
@@ -352,6 +373,7 @@ def decode(step: Callable[..., Any], model: Any, cache: Any, ids: torch.Tensor) 
 
 # Capturing a graph takes seconds: one case per way of routing and of storing.
 COMPILED = ["none", "expert", "expert-predictor", "expert-shared", "token", "gemma2-token", "mod", "mod-attention"]
+COMPILED += ["jrt", "jrt-recurrent"]
 
 
 @pytest.mark.parametrize("case", COMPILED)
@@ -362,7 +384,7 @@ def test_compiled_decode_on_a_static_cache(case: str) -> None:
     ids = slow_greedy(model, prompts()[0], STEPS)[0]
     step = torch.compile(model.forward, backend="eager", fullgraph=True)
     cache = StaticCache(config=model.config, max_cache_len=32)
-    assert relative_error(decode(step, model, cache, ids), full_logits(model, ids)[:, 4:]) <= TOLERANCE
+    assert relative_error(decode(step, model, cache, ids), full_logits(model, ids, 4)[:, 4:]) <= TOLERANCE
 
 
 @pytest.mark.parametrize("case", list(SMALLEST))
@@ -387,7 +409,7 @@ def test_eager_is_sdpa(case: str) -> None:
     assert found[0] == found[1]
 
 
-@each_case
+@each_cached_case
 def test_dynamic_cache_without_config(case: str) -> None:
     """A cache that the user made without telling it the config serves as well."""
     model, ids = build(case), prompts()[0]
@@ -419,22 +441,22 @@ def test_topk_is_refused_by_generate(case: str) -> None:
     assert_refused(model, lambda: generate(model, prompts()[0]), "topk", "threshold")
 
 
-ROUTED = ["expert", "expert-shared", "token", "mod", "mod-attention"]
+REFUSING = ["expert", "expert-shared", "token", "mod", "mod-attention"]
 
 
-@pytest.mark.parametrize("case", ROUTED)
+@pytest.mark.parametrize("case", REFUSING)
 def test_quantized_cache_is_refused(case: str) -> None:
     model = build(case)
     assert_refused(model, lambda: generate(model, prompts()[0], cache_implementation="quantized"), "quantized")
 
 
-@pytest.mark.parametrize("case", ROUTED)
+@pytest.mark.parametrize("case", REFUSING)
 def test_continuous_batching_is_refused(case: str) -> None:
     model = build(case)
     assert_refused(model, lambda: model.generate_batch(inputs=[[4, 5, 6]], max_new_tokens=2), "generate")
 
 
-@pytest.mark.parametrize("case", ROUTED)
+@pytest.mark.parametrize("case", REFUSING)
 def test_foreign_cache_is_refused(case: str) -> None:
     model, ids = build(case), prompts()[0]
     cache = vanilla()(input_ids=ids, use_cache=True)[CACHE]
@@ -442,7 +464,7 @@ def test_foreign_cache_is_refused(case: str) -> None:
     assert_refused(model, lambda: generate(model, longer, cache=cache), "cache")
 
 
-@pytest.mark.parametrize("case", ROUTED)
+@pytest.mark.parametrize("case", REFUSING)
 def test_early_exit_is_refused(case: str) -> None:
     model = build(case)
     depth = model.config.num_hidden_layers
