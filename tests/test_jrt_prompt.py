@@ -195,6 +195,9 @@ def test_the_question_at_the_end_of_a_document_is_removed():
     assert task_prompt("drop", row, repeats=1) == "Born in Leeds. The queen was born in"
     assert task_prompt("nq", row) == task_prompt("drop", row)
     assert task_prompt("nq", row).endswith("\nBorn in Leeds. The queen was born in")
+    # TriviaQA is searched before what its marks leave behind is stripped
+    row = {**TRIVIAQA, "context": "Aare. The river through Bern is the\n[DOC]"}
+    assert task_prompt("triviaqa", row, repeats=1).startswith("Aare. The river through Bern is the. The")
 
 
 def test_gold_answers():
