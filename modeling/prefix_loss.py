@@ -21,8 +21,8 @@ def prefix_lm_loss(
     """Mean loss of next tokens + `mlm_loss_weight` times that of masked tokens.
 
     A label stands at the token that it names, as everywhere in transformers. Behind the prefix it is predicted from
-    the position before; in the prefix from its own position, and only where the input is the mask token. Other labels
-    up to the end of the prefix are not read: the prefix has seen their tokens.
+    the position before; in the prefix from its own position, and only where the input is the mask token instead. Other
+    labels up to the end of the prefix are not read: the prefix has seen their tokens.
 
     Args:
         logits (`torch.Tensor` of shape `(batch, tokens, vocab_size)`)
@@ -31,25 +31,44 @@ def prefix_lm_loss(
         prefix: of each row; `None` for a causal model.
         mask_token_id, mlm_loss_weight: as in `JRTConfig`.
         num_items_in_batch:
-            Labels of the whole batch, of which this call is one part; its loss then counts by its share of them.
+            Labels of the whole batch, of which this call is one part; its loss then counts by its share of them. Parts
+            with equally many labels of each kind add up to the loss of the batch; otherwise the tokens of a part with
+            fewer of a kind weigh more, as each part has its own two means.
 
     Raises:
-        ValueError: if there are labels, but none that may be read.
+        ValueError: if there are labels, but none that may be read, or masked tokens, but no mask token.
     """
+    given = labels[:, 1:].ne(IGNORED).sum()
     next_labels = F.pad(_behind(labels, prefix)[:, 1:], (0, 1), value=IGNORED)
     loss = _mean_loss(logits.flatten(0, 1), next_labels.flatten())
-    readable = next_labels.ne(IGNORED).any()
-    if prefix is not None and input_ids is not None and mask_token_id is not None:
-        masked = prefix.mask & input_ids.eq(mask_token_id) & labels.ne(IGNORED)
-        loss = loss + mlm_loss_weight * _mean_loss(logits[masked], labels[masked])
-        readable = readable | masked.any()
-    given = labels[:, 1:].ne(IGNORED).sum()
-    if not torch.compiler.is_compiling() and bool(given) and not bool(readable):
+    hidden = masked = torch.zeros_like(labels, dtype=torch.bool)
+    if prefix is not None and input_ids is not None:
+        hidden = prefix.mask & labels.ne(IGNORED) & labels.ne(input_ids)
+        if mask_token_id is not None:
+            masked = hidden & input_ids.eq(mask_token_id)
+            loss = loss + mlm_loss_weight * _mean_loss(logits[masked], labels[masked])
+    if not torch.compiler.is_compiling():
+        _check_read(given, next_labels.ne(IGNORED), hidden, masked, mask_token_id)
+    if num_items_in_batch is None:
+        return loss
+    return loss * (given / torch.as_tensor(num_items_in_batch).clamp(min=1))
+
+
+def _check_read(
+    given: torch.Tensor, read: torch.Tensor, hidden: torch.Tensor, masked: torch.Tensor, mask_token_id: int | None
+) -> None:
+    """Raises a `ValueError` if a batch has labels to no effect."""
+    if bool(hidden.any()) and not bool(masked.any()):
+        raise ValueError(
+            "labels in the prefix name tokens that the input hides behind another than the mask token of the model "
+            f"(`config.mask_token_id` is {mask_token_id}), so they are not read; give the model and the collator the "
+            "same."
+        )
+    if bool(given) and not bool(read.any() | masked.any()):
         raise ValueError(
             "every label lies in the prefix, which has seen its token, so there is no loss to read; pass a shorter "
             "`prefix_length` (the prompt's), longer rows, or inputs with mask tokens (`JRTCollator`)."
         )
-    return loss if num_items_in_batch is None else loss * (given / num_items_in_batch)
 
 
 def _behind(labels: torch.Tensor, prefix: Prefix | None) -> torch.Tensor:
