@@ -130,6 +130,8 @@ class JRTConfig(CodeKeepingConfig, PreTrainedConfig):
         if self.layer_types is None:
             self.layer_types = default_layer_types(self.num_hidden_layers)
         super().__post_init__(**kwargs)
+        self.validate_layout()
+        self.validate_prefix()
 
     @classmethod
     def preset(cls, name: str, **fields: Any) -> "JRTConfig":

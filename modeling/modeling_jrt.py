@@ -202,25 +202,21 @@ class JRTModel(JRTPreTrainedModel):
         if cache is not None:
             self.adopt_cache(cache)
         seen = seen_columns(cache)
-        padding = _padding_of(attention_mask, inputs_embeds, seen)
+        # the cache of a padded prompt has seen more columns than the mask has
+        padding = None if seen and config.pads_officially else _padding_of(attention_mask, inputs_embeds, seen)
         if seen:
-            prefix = None
-            _check_prefix(cache, prefix_length, encoder_mask)
+            prefix, lengths = None, _known_lengths(cache, prefix_length, encoder_mask)
         else:
-            self._check_documents(position_ids, attention_mask, inputs_embeds)
-            if prefix_length is None and encoder_mask is None:
-                encoder_mask = next((layer.planned_mask for layer in state_layers(cache)), None)
-            prefix = find_prefix(inputs_embeds, padding, prefix_length, encoder_mask, default=config.prefix_length)
-            if prefix is not None and not config.prefix_length:
-                raise ValueError("a prefix was given, but `config.prefix_length` is 0: the model is causal.")
-        lengths = None if prefix is None else prefix.lengths
+            _check_documents(position_ids, attention_mask)
+            prefix = self._find_prefix(inputs_embeds, padding, cache, prefix_length, encoder_mask)
+            lengths = (
+                inputs_embeds.new_zeros(len(inputs_embeds), dtype=torch.long) if prefix is None else prefix.lengths
+            )
         tokens = inputs_embeds.shape[1]
         if config.pads_officially:
             if prefix is not None:
                 pad = self.embed_tokens.weight[config.short_prompt_token_id]
                 inputs_embeds, padding, prefix = pad_short_prompts(config, inputs_embeds, padding, prefix, pad)
-            elif seen:
-                padding = None
             attention_mask = position_ids = None
         if position_ids is None:
             position_ids = seen + torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device)[None]
@@ -252,16 +248,21 @@ class JRTModel(JRTPreTrainedModel):
             last_hidden_state=hidden_states, **{CACHE: cache if use_cache else None}, prefix_length=lengths
         )
 
-    def _check_documents(
-        self, position_ids: torch.Tensor | None, attention_mask: torch.Tensor | None, inputs_embeds: torch.Tensor
-    ) -> None:
-        if position_ids is None or attention_mask is not None or torch.compiler.is_compiling():
-            return
-        if bool((position_ids.diff(dim=-1) != 1).any()):
-            raise ValueError(
-                "`position_ids` restart within a row, as in packed documents, but recurrent layers would mix them; "
-                "give each document a row of its own."
-            )
+    def _find_prefix(
+        self,
+        inputs_embeds: torch.Tensor,
+        padding: torch.Tensor | None,
+        cache: Cache | None,
+        prefix_length: int | torch.Tensor | None,
+        encoder_mask: torch.Tensor | Prefix | None,
+    ) -> Prefix | None:
+        """The prefix of a first call."""
+        if prefix_length is None and encoder_mask is None:
+            encoder_mask = next((layer.planned_mask for layer in state_layers(cache)), None)
+        prefix = find_prefix(inputs_embeds, padding, prefix_length, encoder_mask, default=self.config.prefix_length)
+        if prefix is not None and not self.config.prefix_length:
+            raise ValueError("a prefix was given, but `config.prefix_length` is 0: the model is causal.")
+        return prefix
 
 
 def _padding_of(attention_mask: torch.Tensor | None, inputs_embeds: torch.Tensor, seen: int) -> torch.Tensor | None:
@@ -285,22 +286,32 @@ def _padding_of(attention_mask: torch.Tensor | None, inputs_embeds: torch.Tensor
     return padding
 
 
-def _check_prefix(
+def _check_documents(position_ids: torch.Tensor | None, attention_mask: torch.Tensor | None) -> None:
+    if position_ids is None or attention_mask is not None or torch.compiler.is_compiling():
+        return
+    if bool((position_ids.diff(dim=-1) != 1).any()):
+        raise ValueError(
+            "`position_ids` restart within a row, as in packed documents, but recurrent layers would mix them; give "
+            "each document a row of its own."
+        )
+
+
+def _known_lengths(
     cache: Cache | None, prefix_length: int | torch.Tensor | None, encoder_mask: torch.Tensor | None
-) -> None:
-    """A cache that has seen tokens has its prefix; another one is refused."""
+) -> torch.Tensor | None:
+    """Lengths of the prefix that a cache has read; another one is refused."""
     if encoder_mask is not None:
         raise ValueError("`encoder_mask` was given with a cache that has read its prefix; leave it out.")
     layers = state_layers(cache)
-    if prefix_length is None or not layers or torch.compiler.is_compiling():
-        return
-    known, state = layers[0].prefix_lengths, layers[0].state
-    known = known if known is not None else state.new_zeros(state.shape[0], dtype=torch.long)
+    known = layers[0].prefix_lengths if layers else None
+    if prefix_length is None or known is None or torch.compiler.is_compiling():
+        return known
     if not bool((torch.as_tensor(prefix_length, device=known.device) == known).all()):
         raise ValueError(
             f"`prefix_length` is {torch.as_tensor(prefix_length).tolist()}, but the cache has read a prefix of "
             f"{known.tolist()} tokens; leave it out."
         )
+    return known
 
 
 class JRTForCausalLM(PrefixGeneration, JRTPreTrainedModel, GenerationMixin):

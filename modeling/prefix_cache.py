@@ -86,7 +86,7 @@ class PrefixStateLayer(CacheLayerMixin):
         self._base = self.state if self.record_past else None
         self._past: list[Tokens] = []
 
-    def advance(self, state: torch.Tensor, tokens: Tokens, prefix_lengths: torch.Tensor | None) -> None:
+    def advance(self, state: torch.Tensor, tokens: Tokens, prefix_lengths: torch.Tensor) -> None:
         """Takes the state after new tokens."""
         if not self.is_initialized:
             self.is_initialized, self.device, self.dtype = True, state.device, state.dtype

@@ -7,7 +7,7 @@ from torch import nn
 from torch.nn import functional as F
 from transformers.cache_utils import Cache
 
-from .feature_maps import FeatureMap
+from .feature_maps import FeatureMap, find_feature_map
 from .prefix_cache import Tokens
 from .prefix_linear_attention import prefix_linear_attention
 from .prefix_tokens import Prefix, find_prefix
@@ -43,6 +43,7 @@ class PrefixLinearAttention(nn.Module):
     ):
         super().__init__()
         head_dim = head_dim or hidden_size // num_heads
+        find_feature_map(feature_map)
         self.feature_dim, self.head_dim, self.feature_map = feature_dim, head_dim, feature_map
         self.reads_prefix, self.layer_idx = reads_prefix, layer_idx
         self.q_proj = nn.Linear(hidden_size, num_heads * feature_dim, bias=False)
@@ -83,7 +84,8 @@ class PrefixLinearAttention(nn.Module):
         Raises:
             ValueError: for a prefix in a layer without one, and for shapes that do not fit.
         """
-        prefix = find_prefix(hidden_states, attention_mask, prefix_length, encoder_mask)
+        visible = None if pads_leak else attention_mask
+        prefix = find_prefix(hidden_states, visible, prefix_length, encoder_mask)
         if prefix is not None and not self.reads_prefix:
             raise ValueError("a prefix was given, but the layer was made with reads_prefix=False and is causal.")
         query = _split_heads(self.q_proj(hidden_states), self.feature_dim)
@@ -115,7 +117,8 @@ class PrefixLinearAttention(nn.Module):
         )
         if slot is not None:
             read = Tokens(key, value, attention_mask, (prefix_key, prefix_value, prefix_mask), self.feature_map)
-            slot.advance(state, read, None if prefix is None else prefix.lengths)
+            lengths = state.new_zeros(len(state), dtype=torch.long) if prefix is None else prefix.lengths
+            slot.advance(state, read, lengths)
         return self.o_proj(output.transpose(1, 2).flatten(2)), state
 
 

@@ -7,11 +7,12 @@ import torch
 from hypothesis import HealthCheck, assume, event, given, settings
 from hypothesis import strategies as st
 from tiny_families import MOD_BACKBONES, NO_SDPA, VOCABULARY, run_with_margin, tiny_mod, tiny_mor
+from tiny_jrt import tiny_jrt
 
 from varidepth.configuration.backbone_config import BACKBONES, MOE_BACKBONES
 
 
-MOR_CASES, MOD_CASES = 340, 300
+MOR_CASES, MOD_CASES, JRT_CASES = 340, 300, 300
 TOLERANCE = 1e-5
 MARGIN = 1e-4  # DESIGN: hard decisions can flip below
 
@@ -75,6 +76,22 @@ def mod_models(draw) -> tuple:
     return describe(draw, tiny_mod, backbone, fields)
 
 
+@st.composite
+def jrt_models(draw) -> tuple:
+    """A hashable description of a JRT-RNN, with a linear attention layer somewhere."""
+    kinds = draw(st.lists(st.sampled_from(["linear_attention", "sliding_attention", "conv"]), min_size=1, max_size=4))
+    kinds.insert(draw(st.integers(0, len(kinds))), "linear_attention")
+    fields = {
+        "layer_types": tuple(kinds),
+        "num_hidden_layers": len(kinds),
+        "feature_map": draw(st.sampled_from(["taylor", "elu", "softmax"])),
+        "feature_dim": draw(st.sampled_from([1, 4])),
+        "sliding_window": draw(st.sampled_from([2, 5, 40])),
+        "conv_kernel_size": draw(st.integers(2, 4)),
+    }
+    return describe(draw, tiny_jrt, None, fields)
+
+
 def describe(draw, tiny, backbone: str, fields: dict) -> tuple:
     attention = "eager" if backbone in NO_SDPA else draw(st.sampled_from(["eager", "sdpa"]))
     return tiny, backbone, attention, draw(st.integers(0, 1)), tuple(sorted(fields.items()))
@@ -84,7 +101,8 @@ def describe(draw, tiny, backbone: str, fields: dict) -> tuple:
 def build(description):
     tiny, backbone, attention, seed, fields = description
     fields = {key: list(value) if isinstance(value, tuple) else value for key, value in fields}
-    return tiny(backbone, attention=attention, seed=seed, **fields)
+    backbones = () if backbone is None else (backbone,)
+    return tiny(*backbones, attention=attention, seed=seed, **fields)
 
 
 def relative_error(given_logits: torch.Tensor, expected: torch.Tensor) -> float:
@@ -125,13 +143,20 @@ def test_one_truth_of_mod(description, batch):
     check_one_truth(build(description), *batch)
 
 
+@many(JRT_CASES, description=jrt_models(), batch=batches(), data=st.data())
+def test_one_truth_of_jrt(description, batch, data):
+    prefixes = [data.draw(st.integers(0, len(row)), label="prefix") for row in batch[0]]
+    check_one_truth(build(description), *batch, prefixes)
+
+
 @torch.no_grad()
-def check_one_truth(model, rows, side, cuts):
-    """Alone, in a padded batch, in chunks and token by token: the same logits."""
+def check_one_truth(model, rows, side, cuts, prefixes=None):
+    """Alone, in a padded batch, in chunks and token by token: the same logits. A prefix lies within one call."""
     width = max(map(len, rows))
     alone = []
-    for row in rows:
-        output, margin = run_with_margin(model, torch.tensor([row]), use_cache=False)
+    for i, row in enumerate(rows):
+        prefix = {} if prefixes is None else {"prefix_length": prefixes[i]}
+        output, margin = run_with_margin(model, torch.tensor([row]), use_cache=False, **prefix)
         assume(margin > MARGIN)
         alone.append(output.logits[0])
     event(f"{side} padding, {len(cuts) + 1} chunks")
@@ -148,9 +173,12 @@ def check_one_truth(model, rows, side, cuts):
             error = relative_error(logits[i, place], alone[i])
             assert error <= TOLERANCE, f"{way}: row {i} differs by {error:.1e}"
 
-    check(model(ids, attention_mask=mask, position_ids=positions, use_cache=False).logits, "batch")
-    for way, bounds in (("chunks", [0, *cuts, width]), ("steps", list(range(width + 1)))):
+    prefix = {} if prefixes is None else {"prefix_length": torch.tensor(prefixes)}
+    first = max([1] + [place.start + length for place, length in zip(places, prefixes or [], strict=False)])
+    check(model(ids, attention_mask=mask, position_ids=positions, use_cache=False, **prefix).logits, "batch")
+    for way, inner in (("chunks", cuts), ("steps", list(range(1, width)))):
         cache, logits = None, []
+        bounds = sorted({0, width, *(max(cut, first) for cut in inner)})
         for start, stop in zip(bounds, bounds[1:], strict=False):
             output = model(
                 ids[:, start:stop],
@@ -158,6 +186,7 @@ def check_one_truth(model, rows, side, cuts):
                 position_ids=positions[:, start:stop],
                 cache=cache,
                 use_cache=True,
+                **(prefix if start == 0 else {}),
             )
             cache = output.cache
             logits.append(output.logits)
@@ -172,6 +201,19 @@ def test_the_future_changes_nothing_in_mor(description, data):
 @many(60, description=mod_models(), data=st.data())
 def test_the_future_changes_nothing_in_mod(description, data):
     check_future(build(description), data)
+
+
+@many(60, description=jrt_models(), data=st.data())
+@torch.no_grad()
+def test_behind_its_prefix_the_future_changes_nothing_in_jrt(description, data):
+    model = build(description)
+    ids = torch.tensor([data.draw(st.lists(st.integers(3, VOCABULARY - 1), min_size=2, max_size=12))])
+    prefix = data.draw(st.integers(0, ids.shape[1] - 1))
+    at = data.draw(st.integers(max(prefix, 1), ids.shape[1] - 1))
+    edited = ids.clone()
+    edited[0, at:] = data.draw(st.integers(3, VOCABULARY - 1))
+    before, after = (model(x, use_cache=False, prefix_length=prefix).logits for x in (ids, edited))
+    assert relative_error(after[:, :at], before[:, :at]) <= TOLERANCE
 
 
 @torch.no_grad()

@@ -27,10 +27,10 @@ SIZES = {
 }
 
 
-def tiny_jrt(seed: int = 0, **fields) -> JRTForCausalLM:
+def tiny_jrt(*, attention: str = "sdpa", seed: int = 0, **fields) -> JRTForCausalLM:
     """In eval mode."""
     torch.manual_seed(seed)
-    return JRTForCausalLM(JRTConfig(**{**SIZES, **fields})).eval()
+    return JRTForCausalLM._from_config(JRTConfig(**{**SIZES, **fields}), attn_implementation=attention).eval()
 
 
 def tokens(*shape: int, seed: int = 0) -> torch.Tensor:
