@@ -1,8 +1,13 @@
-"""A model that reads a prefix and cheats there: inside, the next token is certain; behind, a bigram model speaks."""
+"""Models that read a prefix, to score: one that cheats inside of it, and a tiny JRT-RNN.
+
+The cheat is certain of the next token inside the prefix, and a bigram model behind it.
+"""
 
 from types import SimpleNamespace
 
 import torch
+
+from varidepth import JRTConfig, JRTForCausalLM
 
 
 class PrefixReader(torch.nn.Module):
@@ -41,3 +46,35 @@ class PrefixReader(torch.nn.Module):
         """What tokens `first` and later cost without cheating."""
         log_probs = self.bigrams.log_softmax(-1)
         return -sum(float(log_probs[tokens[i - 1], tokens[i]]) for i in range(first, len(tokens)))
+
+
+def tiny_jrt(vocabulary: int, prefix_length: int) -> JRTForCausalLM:
+    """Random weights, every kind of layer."""
+    torch.manual_seed(2)
+    config = JRTConfig(
+        vocab_size=vocabulary,
+        hidden_size=16,
+        intermediate_size=24,
+        num_hidden_layers=4,
+        num_attention_heads=2,
+        layer_types=["conv", "linear_attention", "sliding_attention", "linear_attention"],
+        feature_dim=4,
+        sliding_window=5,
+        prefix_length=prefix_length,
+        mask_token_id=None,
+        pad_token_id=0,
+        bos_token_id=1,
+        eos_token_id=None,
+        initializer_range=0.5,
+    )
+    return JRTForCausalLM(config).eval()
+
+
+@torch.no_grad()
+def token_nats(model: JRTForCausalLM, tokens: list[int], first: int, prefix_length: int) -> float:
+    """What tokens `first` and later cost, each in a pass of its own that ends before it."""
+    nats = 0.0
+    for place in range(first, len(tokens)):
+        logits = model(torch.tensor([tokens[:place]]), prefix_length=prefix_length).logits[0, -1]
+        nats -= float(logits.log_softmax(-1)[tokens[place]])
+    return nats

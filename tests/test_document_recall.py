@@ -5,7 +5,8 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from real_text import source_config, text_tokenizer
+from prefix_reader import tiny_jrt
+from real_text import VOCABULARY, source_config, text_tokenizer
 from transformers import LlamaForCausalLM
 
 from varidepth.analysis.contains import contains
@@ -118,9 +119,10 @@ def test_the_first_line_must_contain_the_value(answer, tokens, right):
     assert recall.of_order("after") == RecallShare(right, 6)
 
 
-def test_a_real_model_answers_something():
+@pytest.mark.parametrize("make", [lambda: LlamaForCausalLM(source_config()), lambda: tiny_jrt(VOCABULARY, 64)])
+def test_real_models_answer_something(make):
     torch.manual_seed(0)
-    model = LlamaForCausalLM(source_config())
+    model = make()
     questions = recall_questions([text[:300] for text in load_documents()[:2]])
     shares = document_recall(model, text_tokenizer(), questions, batch_size=3, max_new_tokens=4).shares
     assert {share.questions for share in shares.values()} == {2} and len(shares) == 9

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from prefix_reader import PrefixReader
+from prefix_reader import PrefixReader, tiny_jrt, token_nats
 from real_text import VOCABULARY, source_config, text_tokenizer
 from transformers import LlamaForCausalLM
 
@@ -50,6 +50,15 @@ def test_a_prefix_ends_before_the_continuation(prefix_length):
         assert score.log_likelihood == pytest.approx(-model.nats(tokens, first), rel=1e-5)
     firsts = sorted(tokens_of(*pair)[1] for pair in PAIRS)
     assert sorted(model.seen_prefixes[0]) == sorted(min(prefix_length, first) for first in firsts)
+
+
+@pytest.mark.parametrize("prefix_length", [2, 64])
+def test_a_jrt_rnn_has_not_seen_the_continuation(prefix_length):
+    model = tiny_jrt(VOCABULARY, prefix_length)
+    for pair, score in zip(PAIRS, log_likelihoods(model, text_tokenizer(), PAIRS), strict=True):
+        tokens, first = tokens_of(*pair)
+        expected = token_nats(model, tokens, first, min(prefix_length, first))
+        assert score.log_likelihood == pytest.approx(-expected, rel=1e-4)
 
 
 def test_greedy_is_what_generation_would_write():

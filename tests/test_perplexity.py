@@ -7,7 +7,7 @@ import shutil
 import pytest
 import torch
 from generation_reference import SIZES
-from prefix_reader import PrefixReader
+from prefix_reader import PrefixReader, tiny_jrt, token_nats
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
@@ -108,6 +108,18 @@ def test_a_prefix_is_read_and_not_scored(prefix_length):
     assert {length for lengths in reader.seen_prefixes for length in lengths} == {prefix_length}
     # a causal model is scored on the same tokens
     assert held_out_loss(causal, tokenizer, DOCUMENTS, window=7, batch_size=3, prefix_length=prefix_length) == loss
+
+
+@pytest.mark.parametrize("prefix_length", [0, 1, 4])
+def test_a_jrt_rnn_is_scored_without_having_seen_the_targets(prefix_length):
+    model, tokenizer = tiny_jrt(len(WORDS) + 3, prefix_length=64), make_tokenizer(bos_token="<s>")
+    loss = held_out_loss(model, tokenizer, DOCUMENTS, window=7, batch_size=4, prefix_length=prefix_length)
+    rows = [[1, *tokenizer(text)["input_ids"]] for text in DOCUMENTS]
+    windows = [row[start : start + 7] for row in rows for start in range(0, len(row) - 1, 6)]
+    first = max(prefix_length, 1)
+    assert loss.tokens == sum(max(len(window) - first, 0) for window in windows)
+    expected = sum(token_nats(model, window, first, prefix_length) for window in windows)
+    assert loss.nats == pytest.approx(expected, rel=1e-5)
 
 
 def test_a_model_that_reads_a_prefix_must_be_told_it():
