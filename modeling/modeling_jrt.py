@@ -14,7 +14,6 @@ from transformers import PreTrainedModel
 from transformers import initialization as init
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.generation import GenerationMixin
-from transformers.masking_utils import create_sliding_window_causal_mask
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.models.mistral.modeling_mistral import (
@@ -37,6 +36,7 @@ from .prefix_mixers import GatedShortConvolution, PrefixLinearAttention
 from .prefix_tokens import Prefix, find_prefix
 from .remote_code import RemoteCodeMixin, register_class_names
 from .short_prompts import pad_short_prompts
+from .window_blocks import Window, attend, make_window
 
 
 @dataclass
@@ -63,8 +63,7 @@ class JRTCausalLMOutputWithPast(PrefixFields, CausalLMOutputWithPast):
 class _Stream(NamedTuple):
     """What every layer of one forward pass needs to know of the tokens."""
 
-    position_embeddings: tuple[torch.Tensor, torch.Tensor]
-    window_mask: torch.Tensor | None
+    window: Window | None
     padding: torch.Tensor | None
     prefix: Prefix | None
     pads_leak: bool
@@ -117,13 +116,7 @@ class JRTDecoderLayer(GradientCheckpointingLayer):
                 pads_leak=stream.pads_leak,
             )[0]
         if self.kind == "sliding_attention":
-            return self.self_attn(
-                normed,
-                position_embeddings=stream.position_embeddings,
-                attention_mask=stream.window_mask,
-                **{CACHE: cache},
-                **kwargs,
-            )[0]
+            return attend(self.self_attn, normed, stream.window, cache, **kwargs)
         return self.conv(normed, None if stream.pads_leak else stream.padding, cache)
 
 
@@ -220,22 +213,10 @@ class JRTModel(JRTPreTrainedModel):
             attention_mask = position_ids = None
         if position_ids is None:
             position_ids = seen + torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device)[None]
-        window_mask = None
+        window = None
         if "sliding_attention" in config.layer_types:
-            window_mask = create_sliding_window_causal_mask(
-                config=config,
-                inputs_embeds=inputs_embeds,
-                attention_mask=attention_mask,
-                position_ids=position_ids,
-                **{CACHE: cache},
-            )
-        stream = _Stream(
-            self.rotary_emb(inputs_embeds, position_ids=position_ids),
-            window_mask,
-            padding,
-            prefix,
-            config.pads_officially,
-        )
+            window = make_window(config, self.rotary_emb, inputs_embeds, attention_mask, position_ids, cache, seen)
+        stream = _Stream(window, padding, prefix, config.pads_officially)
         hidden_states = inputs_embeds
         if config.residual_in_fp32:
             hidden_states = hidden_states.to(torch.promote_types(hidden_states.dtype, torch.float32))

@@ -5,9 +5,10 @@ import functools
 import pytest
 import torch
 from tiny_jrt import MASK, PREFIX, VOCABULARY, tiny_jrt, tokens
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, DynamicCache
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, DynamicCache, StaticCache
 
 from varidepth import JRTConfig, JRTForCausalLM, JRTForSequenceClassification, JRTModel, PrefixLinearAttention
+from varidepth.modeling import window_blocks
 from varidepth.modeling.prefix_cache import PrefixStateLayer
 
 
@@ -258,6 +259,43 @@ def test_lower_precision_keeps_its_state_and_residual_in_fp32():
     assert cache.layers[0].state.dtype == torch.float32
     steps = torch.cat([model(ids[:, i : i + 1], cache=cache).logits for i in range(10, 20)], dim=1)
     assert relative_error(steps.float(), whole.logits[:, 10:].float()) <= 3e-2
+
+
+@pytest.mark.parametrize("cache_class", [None, DynamicCache, StaticCache])
+def test_long_inputs_attend_in_blocks(cache_class, monkeypatch):
+    """The mask of a window is never larger than a block, and nothing changes."""
+    model = tiny_jrt(layer_types=["sliding_attention"] * 2, num_hidden_layers=2, prefix_length=0)
+    ids, cut = tokens(2, 40), 26
+    mask = torch.ones(2, 40, dtype=torch.long)
+    mask[0, :5] = 0
+
+    def run():
+        if cache_class is None:
+            return model(ids, attention_mask=mask, use_cache=False).logits
+        size = {"max_cache_len": 64} if cache_class is StaticCache else {}
+        cache = cache_class(config=model.config, **size)
+        first = model(ids[:, :cut], attention_mask=mask[:, :cut], cache=cache).logits
+        return torch.cat([first, model(ids[:, cut:], attention_mask=mask, cache=cache).logits], dim=1)
+
+    whole = run()
+    sizes = []
+    attention = model.model.layers[0].self_attn
+    attention.register_forward_pre_hook(lambda _, args, kwargs: sizes.append(args[0].shape[1]), with_kwargs=True)
+    monkeypatch.setattr(window_blocks, "BLOCK_TOKENS", 8)
+    seen = mask[..., None]
+    assert relative_error(run() * seen, whole * seen) <= TOLERANCE
+    assert max(sizes) == 8 and sum(sizes) == 40
+
+
+def test_gradients_through_blocks(monkeypatch):
+    model, ids = tiny_jrt().train(), tokens(2, 30)
+    gradients = []
+    for size in (1024, 7):
+        monkeypatch.setattr(window_blocks, "BLOCK_TOKENS", size)
+        with torch.enable_grad():
+            loss = model(ids, labels=ids).loss
+            gradients.append(torch.autograd.grad(loss, model.model.layers[1].self_attn.k_proj.weight)[0])
+    assert relative_error(gradients[1], gradients[0]) <= TOLERANCE
 
 
 # --- short prompts as the official code reads them
