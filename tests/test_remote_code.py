@@ -9,9 +9,10 @@ from pathlib import Path
 import pytest
 import torch
 from tiny_families import VOCABULARY, tiny_mod, tiny_mor
+from tiny_jrt import tiny_jrt
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
 
-from varidepth import MoDForCausalLM, MoRForCausalLM
+from varidepth import JRTForCausalLM, MoDForCausalLM, MoRForCausalLM
 from varidepth.modeling.remote_code import _flatten, export_remote_code
 
 
@@ -58,6 +59,8 @@ MODELS = {
     "mor-shared": lambda: tiny_mor(kv_mode="shared", inference_rule="predictor"),
     "mod": lambda: tiny_mod("olmo2", routing_unit="attention", inference_rule="ema_threshold"),
     "mod-experts": lambda: tiny_mod("qwen3_moe", num_noop_experts=1, inference_rule="predictor"),
+    "jrt": lambda: tiny_jrt(),
+    "jrt-left_pad": lambda: tiny_jrt(short_prompt="left_pad", short_prompt_token_id=3, prefix_length=12),
 }
 
 
@@ -88,7 +91,7 @@ def test_round_trips_without_the_plugin(tmp_path, case):
     assert_complete(tmp_path / "plugin")
 
 
-@pytest.mark.parametrize(("tiny", "kind"), [(tiny_mor, "mor"), (tiny_mod, "mod")])
+@pytest.mark.parametrize(("tiny", "kind"), [(tiny_mor, "mor"), (tiny_mod, "mod"), (tiny_jrt, "jrt")])
 def test_every_auto_class_loads_with_the_plugin(tmp_path, tiny, kind):
     model = tiny()
     model.save_pretrained(tmp_path)
@@ -127,7 +130,7 @@ def test_a_config_saved_alone_has_no_dangling_auto_map(tmp_path):
     assert not json.loads((tmp_path / "config" / "config.json").read_text()).get("auto_map")
 
 
-@pytest.mark.parametrize("model_class", [MoRForCausalLM, MoDForCausalLM])
+@pytest.mark.parametrize("model_class", [MoRForCausalLM, MoDForCausalLM, JRTForCausalLM])
 def test_exported_code_needs_nothing_but_torch_and_transformers(tmp_path, model_class):
     export_remote_code(tmp_path, model_class.remote_classes)
     allowed = set(sys.stdlib_module_names) | {"torch", "transformers", "huggingface_hub"}
