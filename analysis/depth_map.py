@@ -81,7 +81,7 @@ def depth_map(
         kind = f"{config.model_type!r} model" + (f" with routing={config.routing!r}" if passes else "")
         raise ValueError(
             f"A {kind} gives every token the same depth; give a model with routed layers and capacities below "
-            "1, which `varidepth convert` makes from this one."
+            "1, which `varidepth convert` makes of a vanilla one."
         )
     ids, texts, specials = tokenize(tokenizer, text, add_special_tokens)
     if not ids:

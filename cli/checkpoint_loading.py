@@ -1,6 +1,5 @@
 """Loads a checkpoint for the commands that run it."""
 
-import re
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +9,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from ..configuration.backbone_config import BACKBONES, MOE_BACKBONES
 from ..configuration.routed_config import RoutedConfig
-from ..conversion.source_checkpoint import open_source
+from ..conversion.recipe_fields import ARCHITECTURES
+from ..conversion.source_checkpoint import DERIVED, open_source
 
 
 COMPUTE_HELP = "operating point of a calibrated model: share of the FLOPs of all tokens in all layers"
@@ -76,7 +76,7 @@ def _require_all_weights(name: str, info: dict[str, Any]) -> None:
     )
     for kind, verb, reason in problems:
         keys = sorted(key if isinstance(key, str) else key[0] for key in info[kind])
-        keys = [key for key in keys if not _DERIVED.search(key)]
+        keys = [key for key in keys if not DERIVED.search(key)]
         if keys:
             more = f" and {len(keys) - 1} more" if len(keys) > 1 else ""
             raise ValueError(
@@ -85,6 +85,4 @@ def _require_all_weights(name: str, info: dict[str, Any]) -> None:
             )
 
 
-# computed from the configuration; old checkpoints carry them
-_DERIVED = re.compile(r"(^|\.)rotary_emb\.inv_freq$")
-_ALLOWED = ("mor", "mod", *BACKBONES, *MOE_BACKBONES)
+_ALLOWED = (*ARCHITECTURES, *BACKBONES, *MOE_BACKBONES)

@@ -7,6 +7,7 @@ import types
 from collections.abc import Iterable
 from typing import Any, get_args, get_origin
 
+from ..configuration.configuration_jrt import SHORT_PROMPTS
 from ..configuration.configuration_mod import GATES, MOD_ROUTINGS, ROUTING_UNITS, MoDConfig
 from ..configuration.configuration_mor import (
     BALANCINGS,
@@ -40,6 +41,7 @@ _CHOICES = {
     "inference_rule": _merged(MoRConfig.inference_rules, MoDConfig.inference_rules),
     "balancing": BALANCINGS,
     "kv_mode": KV_MODES,
+    "short_prompt": SHORT_PROMPTS,
 }
 # described within other fields of MoRConfig
 _HELP = {
@@ -53,7 +55,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("source", nargs="?", help="folder, GGUF file or Hub id (or `source` in the recipe)")
     parser.add_argument("-o", "--output", help="folder to make")
     parser.add_argument("--recipe", help=f"YAML file, or a shipped recipe: {', '.join(shipped_recipes())}")
-    parser.add_argument("--to", choices=ARCHITECTURES, help="architecture (default: mor)")
+    parser.add_argument(
+        "--to", choices=ARCHITECTURES, help="architecture (default: that of an official checkpoint, else mor)"
+    )
     parser.add_argument("--init", choices=INITIALISATIONS, help="MoR: how shared layers are made (default: stepwise)")
     parser.add_argument("--num-routed-layers", type=int, help="MoD: of `--routed-layers auto` (default: half of all)")
     parser.add_argument("--calibration-text", help="MoD: file on which `auto` measures (default: the pydoc topics)")

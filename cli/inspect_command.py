@@ -10,7 +10,9 @@ from ..conversion.inspection import describe, report
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Source and format."""
-    parser.add_argument("source", help="folder or Hub id of a MoR or MoD, or of a vanilla model of a supported family")
+    parser.add_argument(
+        "source", help="folder or Hub id of a MoR, MoD or JRT-RNN, or of a vanilla model of a supported family"
+    )
     parser.add_argument("--revision", help="branch, tag or commit of a Hub source")
     parser.add_argument("--context", type=int, default=1024, help="tokens in the cache for the costs (default: 1024)")
     parser.add_argument("--json", action="store_true", help="print JSON")

@@ -12,7 +12,7 @@ from typing import NoReturn
 
 # name -> (module in this package, help)
 COMMANDS = {
-    "convert": ("convert_command", "make a model with per-token depth of a pretrained one"),
+    "convert": ("convert_command", "make a MoR or MoD of a pretrained checkpoint, or a JRT-RNN of an official one"),
     "unroll": ("unroll_command", "make a vanilla checkpoint of a MoR or MoD, where that is exact"),
     "inspect": ("inspect_command", "show structure, parameters and costs of a checkpoint"),
     "depth-map": ("depth_map_command", "show the depth of every token of a text"),

@@ -12,7 +12,7 @@ from .text_arguments import add_text_arguments, read_documents
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Checkpoint, text and window."""
     parser.add_argument(
-        "checkpoint", help="folder or Hub id of a MoR or MoD, or of a vanilla model of a supported family"
+        "checkpoint", help="folder or Hub id of a MoR, MoD or JRT-RNN, or of a vanilla model of a supported family"
     )
     add_text_arguments(parser, window=512)
     parser.add_argument("--max-tokens", type=int, help="stop once this many tokens were predicted")

@@ -6,8 +6,10 @@ from typing import TypeVar
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
+from transformers import PreTrainedModel
+from transformers.configuration_utils import PreTrainedConfig
 
-from ..configuration.routed_config import RoutedConfig
+from ..modeling.modeling_jrt import JRTPreTrainedModel
 from ..modeling.routed_model import RoutedPreTrainedModel
 from .checkpoint_writer import TargetTensor
 from .errors import ConversionError
@@ -15,7 +17,8 @@ from .plan import ConversionPlan
 from .recipe import Recipe
 
 
-AnyConfig = TypeVar("AnyConfig", bound=RoutedConfig)
+AnyConfig = TypeVar("AnyConfig", bound=PreTrainedConfig)
+AnyModel = TypeVar("AnyModel", bound=PreTrainedModel)
 
 
 @dataclass(frozen=True)
@@ -28,7 +31,7 @@ class Blueprint:
         targets: its tensors.
     """
 
-    model: RoutedPreTrainedModel
+    model: RoutedPreTrainedModel | JRTPreTrainedModel
     plan: ConversionPlan
     recipe: Recipe
     targets: list[TargetTensor]
@@ -63,7 +66,7 @@ def make_config(build: Callable[[], AnyConfig]) -> AnyConfig:
         raise ConversionError(" ".join(str(error).split())) from error
 
 
-def empty_model(model_class: type[RoutedPreTrainedModel], config: RoutedConfig) -> RoutedPreTrainedModel:
+def empty_model(model_class: type[AnyModel], config: PreTrainedConfig) -> AnyModel:
     """The model of a configuration on the meta device, for names, shapes and types."""
     with torch.device("meta"):
         return model_class(config)

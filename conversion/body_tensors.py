@@ -43,10 +43,14 @@ def body_tensors(
     return targets + [copy_of(weights, name, name, dtype) for name in outer if name not in front]
 
 
-def copy_of(weights: TensorSource, new_name: str, name: str, dtype: torch.dtype | None) -> TargetTensor:
-    """A tensor of the source under another name, in its own type unless one is given."""
+def copy_of(
+    weights: TensorSource, new_name: str, name: str, dtype: torch.dtype | None, rows: range | None = None
+) -> TargetTensor:
+    """A tensor of the source, or some of its rows, under another name, in its own type unless one is given."""
     info = weights.infos[name]
-    return TargetTensor(new_name, info.shape, dtype or info.dtype, lambda: weights.read(name))
+    shape = info.shape if rows is None else (len(rows), *info.shape[1:])
+    part = slice(None) if rows is None else slice(rows.start, rows.stop)
+    return TargetTensor(new_name, shape, dtype or info.dtype, lambda: weights.read(name, part))
 
 
 def common_dtype(weights: TensorSource) -> torch.dtype:

@@ -1,4 +1,4 @@
-"""Conversion of a pretrained checkpoint to a model with per-token depth: source -> plan -> tensors -> folder."""
+"""Conversion of a pretrained checkpoint to an architecture of this package: source -> plan -> tensors -> folder."""
 
 import sys
 from collections.abc import Mapping
@@ -6,17 +6,20 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from ..configuration.configuration_jrt import JRTConfig
 from ..configuration.routed_config import RoutedConfig
 from ..model_cards.card import write_card
 from ..modeling.remote_code import auto_map_of, export_remote_code
+from .blueprint import Blueprint
 from .checkpoint_writer import check_output, new_folder, write_json, write_weights
 from .companion_files import copy_companions
 from .errors import ConversionError
 from .official_checkpoint import is_official, official_blueprint
+from .official_jrt import jrt_blueprint
 from .plan import ConversionPlan
 from .recipe import Recipe
-from .recipe_fields import CONFIGS
-from .source_checkpoint import check_tokenizer, open_source
+from .recipe_fields import DEFAULT, ROUTED
+from .source_checkpoint import OFFICIAL_JRT, SourceCheckpoint, check_tokenizer, is_official_jrt, open_source
 from .vanilla_to_mod import mod_blueprint
 from .vanilla_to_mor import mor_blueprint
 
@@ -36,7 +39,7 @@ class ConversionResult:
 
     output: Path | None
     plan: ConversionPlan
-    config: RoutedConfig
+    config: RoutedConfig | JRTConfig
 
 
 def convert(
@@ -50,11 +53,13 @@ def convert(
     quiet: bool = False,
     **fields: Any,
 ) -> ConversionResult:
-    """Makes a model with per-token depth of a pretrained one, one tensor in memory at a time.
+    """Makes a model with per-token depth of a pretrained one, one tensor in memory at a time; an official checkpoint
+    becomes one of this package's architecture of it.
 
     Examples:
         >>> convert("HuggingFaceTB/SmolLM2-135M", "smol-mor", num_recursions=2, init="stepwise")
         >>> convert("HuggingFaceTB/SmolLM2-135M", "smol-mod", to="mod", routed_layers="auto")
+        >>> convert("hazyresearch/JRT-360M-30B", "jrt-360m")
 
     Args:
         source (`str` or `Path`): folder, GGUF file or Hub id; None to take it from the recipe.
@@ -88,14 +93,11 @@ def convert(
         )  # a path of this machine has no place in what is published
     if target is not None:
         check_output(target, local, overwrite=overwrite)
-    checkpoint = open_source(where, revision=revision, allowed=CONFIGS[settings.to].backbones)
+    checkpoint = open_source(where, revision=revision, allowed=_convertible(settings.to))
     check_tokenizer(checkpoint)
     if local is None:
         settings = replace(settings, source=str(where), revision=checkpoint.revision)
-    if is_official(checkpoint.weights):
-        blueprint = official_blueprint(checkpoint, settings.for_official())
-    else:
-        blueprint = _BLUEPRINTS[settings.to](checkpoint, settings.for_vanilla(), quiet=quiet)
+    blueprint = _blueprint(checkpoint, settings, quiet=quiet)
     blueprint.check_targets()
     config = blueprint.model.config
     if not quiet:
@@ -117,6 +119,20 @@ def convert(
     if not quiet:
         print(f"wrote {target.name}", file=sys.stderr)
     return ConversionResult(target, blueprint.plan, config)
+
+
+def _convertible(to: str | None) -> tuple[str, ...]:
+    """Model types of the sources of an architecture; official ones of another are refused where they are known."""
+    return (OFFICIAL_JRT,) if to == "jrt" else (*ROUTED[to or DEFAULT].backbones, OFFICIAL_JRT)
+
+
+def _blueprint(checkpoint: SourceCheckpoint, settings: Recipe, *, quiet: bool) -> Blueprint:
+    if is_official_jrt(checkpoint.raw_config):
+        return jrt_blueprint(checkpoint, settings.for_official("jrt"))
+    if is_official(checkpoint.weights):
+        return official_blueprint(checkpoint, settings.for_official("mor"))
+    recipe = settings.for_vanilla()
+    return _BLUEPRINTS[recipe.to or DEFAULT](checkpoint, recipe, quiet=quiet)
 
 
 def resolve_recipe(recipe: Recipe | str | Path | Mapping[str, Any] | None, fields: Mapping[str, Any]) -> Recipe:

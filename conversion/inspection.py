@@ -10,8 +10,17 @@ from ..configuration.backbone_config import BACKBONES, MOE_BACKBONES
 from .body_tensors import common_dtype
 from .errors import ConversionError
 from .plan import layer_roles, spans
-from .planned_cost import PlannedCost, cost_rows, expected_cost, figure, format_columns, full_depth_cost
-from .recipe_fields import ARCHITECTURES
+from .planned_cost import (
+    PlannedCost,
+    RecurrentCost,
+    cost_rows,
+    expected_cost,
+    figure,
+    format_columns,
+    full_depth_cost,
+    recurrent_cost,
+)
+from .recipe_fields import ARCHITECTURES, ROUTED
 from .router_tensors import routers_are_open
 from .source_checkpoint import SourceCheckpoint, open_source
 from .tensor_source import read_json
@@ -23,11 +32,11 @@ class CheckpointDescription:
     Attributes:
         name: Hub id or folder.
         structure: fields of the configuration that say what the model is.
-        layers: role and unrolled positions of each physical layer, for a MoR or MoD.
+        layers: role and unrolled positions of each physical layer; none for a vanilla model.
         stored_parameters: elements in the weight files.
         dtype: the type that most of them have.
         full: cost when every token runs every layer.
-        expected: cost when routing follows the capacities; None for a vanilla model.
+        expected: cost when routing follows the capacities; None without routing.
         routers: whether the routers still let everything through; None without routers.
         plan: the plan of the conversion, where the checkpoint has one.
     """
@@ -37,7 +46,7 @@ class CheckpointDescription:
     layers: list[tuple[int, str, list[int]]]
     stored_parameters: int
     dtype: str
-    full: PlannedCost
+    full: PlannedCost | RecurrentCost
     expected: PlannedCost | None
     routers: str | None
     plan: dict[str, Any] | None
@@ -45,6 +54,7 @@ class CheckpointDescription:
 
 _STRUCTURE = """
     model_type backbone num_hidden_layers num_physical_layers num_shared_layers num_recursions sharing routing
+    prefix_length short_prompt sliding_window feature_map feature_dim conv_kernel_size
     capacities routed_layers routing_unit router_type gating gate inference_rule router_thresholds compute
     always_route_first num_noop_experts kv_mode hidden_size num_attention_heads num_key_value_heads vocab_size
     tie_word_embeddings
@@ -66,7 +76,7 @@ def describe(source: str | Path, *, revision: str | None = None, context: int = 
         raise ConversionError(f"`context` is {context}, but must be at least 1.")
     checkpoint = open_source(source, revision=revision, allowed=(*ARCHITECTURES, *BACKBONES, *MOE_BACKBONES))
     config: Any = checkpoint.config
-    deepens = config.model_type in ARCHITECTURES
+    deepens = config.model_type in ROUTED
     routed = deepens and not all(routed_pass.always for routed_pass in config.routed_passes)
     dtype = common_dtype(checkpoint.weights)
     structure = {name: getattr(config, name) for name in _STRUCTURE if getattr(config, name, None) is not None}
@@ -74,14 +84,20 @@ def describe(source: str | Path, *, revision: str | None = None, context: int = 
     return CheckpointDescription(
         name=checkpoint.name,
         structure=structure,
-        layers=_layers(config) if deepens else [],
+        layers=_layers(config) if config.model_type in ARCHITECTURES else [],
         stored_parameters=sum(torch.Size(info.shape).numel() for info in checkpoint.weights.infos.values()),
         dtype=str(dtype).removeprefix("torch."),
-        full=full_depth_cost(config, dtype.itemsize, context),
+        full=_full_cost(config, dtype.itemsize, context),
         expected=expected_cost(config, dtype.itemsize, context) if routed else None,
         routers=_router_state(checkpoint) if deepens and config.num_routers else None,
         plan=read_json(plan) if plan.is_file() else None,
     )
+
+
+def _full_cost(config: Any, bytes_per_value: int, context: int) -> PlannedCost | RecurrentCost:
+    if config.model_type == "jrt":
+        return recurrent_cost(config, bytes_per_value)
+    return full_depth_cost(config, bytes_per_value, context)
 
 
 def report(description: CheckpointDescription) -> str:

@@ -21,7 +21,7 @@ from .plan import ConversionPlan, PlannedLayer
 from .planned_cost import expected_cost, full_depth_cost
 from .recipe import DTYPES, Recipe
 from .router_tensors import ROUTER_DTYPE, fresh_buffers
-from .source_checkpoint import SourceCheckpoint
+from .source_checkpoint import DERIVED, SourceCheckpoint
 from .tensor_source import TensorSource
 
 
@@ -30,7 +30,6 @@ _BLOCK_LIST = re.compile(r"^model\.layers\.(\d+)\.block_list\.(\d+)\.(\d+)\.(.+)
 _PLAIN = re.compile(r"^model\.layers\.(\d+)\.((?:self_attn|mlp|input_layernorm|post_attention_layernorm)\..+)$")
 _ROUTER = re.compile(r"^model\.layers\.(\d+)\.(mor_router|mlp_router)\.router\.(?:(\d)\.)?weight$")
 _BIAS = re.compile(r"^model\.layers\.(\d+)\.router_bias$")
-_ROTARY = re.compile(r"(^|\.)rotary_emb\.inv_freq$")
 _GROUPS = {"mor_router": "routers", "mlp_router": "predictors"}
 
 
@@ -141,7 +140,7 @@ def _read_layout(weights: TensorSource) -> _Layout:
             layout.bias = name
         elif name in ("model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"):
             layout.outer.append(name)
-        elif not _ROTARY.search(name):
+        elif not DERIVED.search(name):
             raise ConversionError(
                 f"The tensor {name} is part of no known official MoR layout (expert or token choice, Middle-Cycle or "
                 "Cycle); checkpoints with relaxation cannot be converted."

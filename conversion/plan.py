@@ -8,7 +8,7 @@ from typing import Any
 from transformers.configuration_utils import PreTrainedConfig
 
 from .layer_redundancy import LayerRedundancy
-from .planned_cost import PlannedCost, cost_rows, format_columns
+from .planned_cost import PlannedCost, RecurrentCost, cost_rows, format_columns
 
 
 @dataclass(frozen=True)
@@ -18,7 +18,7 @@ class PlannedLayer:
     Attributes:
         layer: physical index, as in its parameter names.
         role: see `layer_roles`.
-        sources: where its weights come from: source layers (several are averaged), or names in a MoR source.
+        sources: where its weights come from: source layers (several are averaged), or names in an official source.
         positions: unrolled indices at which it is applied, which are its KV cache slots.
         attention: attention type, where the family has several.
         extra: unique only because the depth does not divide.
@@ -41,7 +41,7 @@ class ConversionPlan:
     """
     Attributes:
         source: name of the source.
-        backbone: family.
+        backbone: family, or what the source is where it has none.
         source_depth: its layers.
         recipe: the recipe, flat.
         layers: the new model's physical layers.
@@ -64,9 +64,9 @@ class ConversionPlan:
     dropped: tuple[int, ...]
     unused: tuple[int, ...]
     new: dict[str, tuple[int, ...]]
-    before: PlannedCost
-    full: PlannedCost
-    expected: PlannedCost
+    before: PlannedCost | RecurrentCost
+    full: PlannedCost | RecurrentCost
+    expected: PlannedCost | RecurrentCost
     bytes_per_value: int
     notes: tuple[str, ...] = field(default=())
     redundancy: LayerRedundancy | None = None
@@ -77,8 +77,7 @@ class ConversionPlan:
 
     def table(self) -> str:
         """The plan as text for a terminal."""
-        shown = ("to", "init", "num_recursions", "sharing", "routing", "routing_unit", "gate", "router_init")
-        head = ", ".join(f"{key} {self.recipe[key]}" for key in shown if key in self.recipe)
+        head = ", ".join(f"{key} {self.recipe[key]}" for key in _SHOWN if key in self.recipe)
         lines = [f"{self.source} ({self.backbone}, {self.source_depth} layers): {head}", ""]
         lines += format_columns(list(zip(*self._columns(), strict=True)))
         lines.append("")
@@ -91,6 +90,8 @@ class ConversionPlan:
         lines += [f"note: {note}" for note in self.notes]
         lines.append("")
         models = [("before", self.before), ("after, full depth", self.full)]
+        if self.before == self.full:
+            models = [("before and after", self.full)]
         if self.expected != self.full:
             models.append(("at the capacities", self.expected))
         lines += format_columns(cost_rows(models, ratios=True))
@@ -105,8 +106,9 @@ class ConversionPlan:
             ("layer", *(str(x.layer) for x in layers)),
             ("role", *(f"{x.role} (extra)" if x.extra else x.role for x in layers)),
         ]
-        if any(layer.role not in ("dense", "routed") for layer in layers):
+        if any(x.sources != (x.layer,) for x in layers):
             columns.append(("made of source layer", *made))
+        if any(x.positions != (x.layer,) for x in layers):
             columns.append(("applied at depth", *(spans(x.positions) for x in layers)))
         columns += [
             ("unit", *(x.unit or "" for x in layers)),
@@ -117,8 +119,16 @@ class ConversionPlan:
         return [column for column in columns if any(column[1:])]
 
 
+_SHOWN = """
+    to init num_recursions sharing routing routing_unit gate router_init prefix_length short_prompt sliding_window
+""".split()
+
+
 def layer_roles(config: Any) -> list[str]:
-    """Role of each physical layer: `prelude`, `shared` or `coda` in a MoR, `dense` or `routed` in a MoD."""
+    """Role of each physical layer: `prelude`, `shared` or `coda` in a MoR, `dense` or `routed` in a MoD, the mixer in
+    a JRT-RNN."""
+    if config.model_type == "jrt":
+        return list(config.layer_types)
     if config.model_type == "mod":
         routed = {slot for routed_pass in config.routed_passes if not routed_pass.always for slot in routed_pass.slots}
         return ["routed" if layer in routed else "dense" for layer in range(config.num_hidden_layers)]

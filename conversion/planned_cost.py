@@ -4,10 +4,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from transformers.configuration_utils import PreTrainedConfig
 
 from ..analysis.cost import cost_summary, count_parameters, forward_flops, full_routing, kv_bytes
+from ..analysis.recurrent_state import state_bytes
+from ..configuration.configuration_jrt import JRTConfig
 from ..configuration.routed_config import RoutedConfig
+from ..modeling.modeling_jrt import JRTForCausalLM
 
 
 @dataclass(frozen=True)
@@ -30,6 +34,48 @@ class PlannedCost:
     layers_per_token: float
     context: int
 
+    def figures(self, dtype: str = "") -> dict[str, float]:
+        """Label and value of each row of a table; `dtype` is the name of the stored type."""
+        return {
+            "parameters": self.parameters,
+            "without embedding and head": self.non_embedding,
+            "layers per token": self.layers_per_token,
+            f"FLOPs per token at {self.context}": self.flops_per_token,
+            f"KV bytes per token{dtype}": self.kv_bytes_per_token,
+        }
+
+
+@dataclass(frozen=True)
+class RecurrentCost:
+    """Cost of a model whose memory does not grow with the sequence.
+
+    Attributes:
+        parameters: all of them; tied ones once.
+        non_embedding: parameters without embedding and head.
+        state_bytes: of one sequence that is longer than the window.
+    """
+
+    parameters: int
+    non_embedding: int
+    state_bytes: int
+
+    def figures(self, dtype: str = "") -> dict[str, float]:
+        """As in `PlannedCost`."""
+        return {
+            "parameters": self.parameters,
+            "without embedding and head": self.non_embedding,
+            f"state bytes per sequence{dtype}": self.state_bytes,
+        }
+
+
+def recurrent_cost(config: JRTConfig, bytes_per_value: int) -> RecurrentCost:
+    """Cost of a JRT-RNN."""
+    with torch.device("meta"):
+        model = JRTForCausalLM(config)
+    outer = {id(module.weight): module.weight.numel() for module in (model.model.embed_tokens, model.lm_head)}
+    total = sum(parameter.numel() for parameter in model.parameters())
+    return RecurrentCost(total, total - sum(outer.values()), state_bytes(config, bytes_per_value).total)
+
 
 def full_depth_cost(config: PreTrainedConfig, bytes_per_value: int, context: int = 1024) -> PlannedCost:
     """Cost of a vanilla model, or of one in which every token enters every pass (its routers still count)."""
@@ -51,23 +97,20 @@ def _cost(config: Any, flops: float, kv: float, layers: float, context: int) -> 
     return PlannedCost(count.embedding + count.head + inner, inner, flops, kv, layers, context)
 
 
-def cost_rows(models: Sequence[tuple[str, PlannedCost]], kv_note: str = "", *, ratios: bool = False) -> list[tuple]:
+def cost_rows(
+    models: Sequence[tuple[str, PlannedCost | RecurrentCost]], dtype: str = "", *, ratios: bool = False
+) -> list[tuple]:
     """Rows of a table with a column for each model.
 
     Args:
-        models: name and cost.
-        kv_note: what stands behind the name of the row of KV bytes.
+        models: name and cost, all of one kind.
+        dtype: what stands behind the name of the row whose bytes depend on the stored type.
         ratios: show the later models as multiples of the first, too.
     """
     rows: list[tuple] = [("", *(name for name, _ in models))]
-    for label, attribute in (
-        ("parameters", "parameters"),
-        ("without embedding and head", "non_embedding"),
-        ("layers per token", "layers_per_token"),
-        (f"FLOPs per token at {models[0][1].context}", "flops_per_token"),
-        (f"KV bytes per token{kv_note}", "kv_bytes_per_token"),
-    ):
-        values = [getattr(cost, attribute) for _, cost in models]
+    columns = [cost.figures(dtype) for _, cost in models]
+    for label in columns[0]:
+        values = [column[label] for column in columns]
         cells = [figure(value) for value in values]
         if ratios and values[0]:
             cells[1:] = [f"{figure(value)} ({value / values[0]:.3f}x)" for value in values[1:]]

@@ -11,7 +11,17 @@ import yaml
 
 from .errors import ConversionError
 from .layer_maps import INITIALISATIONS
-from .recipe_fields import ALIASES, ALL_FIELDS, ARCHITECTURES, AUTO, WITHOUT_ROUTERS, checked_value, misplaced
+from .recipe_fields import (
+    ALIASES,
+    ALL_FIELDS,
+    ARCHITECTURES,
+    AUTO,
+    DEFAULT,
+    FIELDS,
+    WITHOUT_ROUTERS,
+    checked_value,
+    misplaced,
+)
 
 
 ROUTER_INITS = ("on", "random")
@@ -28,7 +38,9 @@ _OWN_SETTINGS: dict[str, dict[str, Any]] = {
 class Recipe:
     """
     Args:
-        to (`str`): architecture to make; `mor` or `mod`.
+        to (`str`, *optional*):
+            architecture to make, `mor`, `mod` or `jrt`; by default that of an official checkpoint, and `mor` of a
+            vanilla one.
         init (`str`, *optional*):
             MoR: how the shared layers are made of the source's, one of `INITIALISATIONS`; `stepwise` by default.
         seed (`int`, *optional*): of everything random, `init: random` and fresh router weights; 0 by default.
@@ -49,7 +61,7 @@ class Recipe:
         fields (`dict`): fields of the architecture's configuration; `routed_layers` may be `auto`.
     """
 
-    to: str = "mor"
+    to: str | None = None
     init: str | None = None
     seed: int | None = None
     dtype: str | None = None
@@ -65,7 +77,7 @@ class Recipe:
 
     def __post_init__(self):
         for field, allowed in (
-            ("to", ARCHITECTURES),
+            ("to", (None, *ARCHITECTURES)),
             ("init", (None, *INITIALISATIONS)),
             ("router_init", (None, *ROUTER_INITS)),
             ("dtype", (None, *DTYPES)),
@@ -75,8 +87,8 @@ class Recipe:
                 raise ConversionError(f"`{field}` is {getattr(self, field)!r}, but must be one of {names}.")
         for owner, settings in _OWN_SETTINGS.items():
             for field in settings:
-                if owner != self.to and getattr(self, field) is not None:
-                    raise misplaced(field, getattr(self, field), self.to, [owner])
+                if owner != (self.to or DEFAULT) and getattr(self, field) is not None:
+                    raise misplaced(field, getattr(self, field), self.to or DEFAULT, [owner])
         for kind, names in (
             (int, ("seed", "num_routed_layers")),
             (bool, ("drop_layers",)),
@@ -85,7 +97,7 @@ class Recipe:
             for field in names:
                 if getattr(self, field) is not None:
                     _check_type(field, getattr(self, field), kind)
-        object.__setattr__(self, "fields", {k: checked_value(self.to, k, v) for k, v in self.fields.items()})
+        object.__setattr__(self, "fields", {k: checked_value(self._user_of(k), k, v) for k, v in self.fields.items()})
         if self.fields.get("routed_layers") != AUTO:
             for field in ("num_routed_layers", "calibration_text"):
                 if getattr(self, field) is not None:
@@ -110,6 +122,10 @@ class Recipe:
             )
         return int(size)
 
+    def _user_of(self, field: str) -> str:
+        """The architecture that must have a field; without `to` it is the source that tells."""
+        return self.to or ("jrt" if field in FIELDS["jrt"] else DEFAULT)
+
     def with_fields(self, **fields: Any) -> "Recipe":
         """The recipe with fields of the architecture laid over it."""
         return dataclasses.replace(self, fields={**self.fields, **fields})
@@ -125,9 +141,10 @@ class Recipe:
         Raises:
             ConversionError: if it sets up routers that its routing does not have.
         """
-        defaults = {"seed": 0, **_OWN_SETTINGS[self.to]}
+        to = self.to or DEFAULT
+        defaults = {"to": to, "seed": 0, **_OWN_SETTINGS[to]}
         unset: dict[str, Any] = {key: value for key, value in defaults.items() if getattr(self, key) is None}
-        without_routers, general = WITHOUT_ROUTERS[self.to]
+        without_routers, general = WITHOUT_ROUTERS[to]
         if self.fields.get("routing") != without_routers:
             return dataclasses.replace(self, **unset, router_init=self.router_init or "on")
         given = {"router_init": "random"} if self.router_init == "random" else {}
@@ -139,24 +156,24 @@ class Recipe:
             )
         return dataclasses.replace(self, **unset, router_init=None)
 
-    def for_official(self) -> "Recipe":
-        """The recipe for an official MoR checkpoint, whose layers and routers are taken as they are.
+    def for_official(self, architecture: str) -> "Recipe":
+        """The recipe for an official checkpoint of an architecture, whose layers and routers are taken as they are.
 
         Raises:
             ConversionError: if it makes something else, or says how layers or routers are to be made.
         """
-        if self.to != "mor":
+        if self.to not in (None, architecture):
             raise ConversionError(
-                f"`to` is {self.to!r}, but the source is an official MoR checkpoint; use `--to mor`, or give a "
-                "vanilla source."
+                f"`to` is {self.to!r}, but the source is an official checkpoint of {architecture!r}; use `--to "
+                f"{architecture}`, or give a vanilla source."
             )
         for field in ("init", "seed", "drop_layers", "router_init"):
             if getattr(self, field) is not None:
                 raise ConversionError(
-                    f"`{field}` is {getattr(self, field)!r}, but the layers and routers of an official MoR checkpoint "
-                    "are taken as they are; leave it out."
+                    f"`{field}` is {getattr(self, field)!r}, but the layers and routers of an official checkpoint are "
+                    "taken as they are; leave it out."
                 )
-        return self
+        return dataclasses.replace(self, to=architecture)
 
     @classmethod
     def make(cls, base: "Recipe | None" = None, **fields: Any) -> "Recipe":

@@ -4,21 +4,38 @@ import dataclasses
 from typing import Any, get_args
 
 from huggingface_hub.dataclasses import type_validator
+from transformers.configuration_utils import PreTrainedConfig
 
 from ..configuration.backbone_config import BackboneConfig
+from ..configuration.configuration_jrt import JRTConfig
 from ..configuration.configuration_mod import MoDConfig
 from ..configuration.configuration_mor import MoRConfig
 from ..configuration.routed_config import RoutedConfig
 from .errors import ConversionError
 
 
-CONFIGS: dict[str, type[RoutedConfig]] = {"mor": MoRConfig, "mod": MoDConfig}
+# made of vanilla checkpoints
+ROUTED: dict[str, type[RoutedConfig]] = {"mor": MoRConfig, "mod": MoDConfig}
+CONFIGS: dict[str, type[PreTrainedConfig]] = {**ROUTED, "jrt": JRTConfig}
 ARCHITECTURES = tuple(CONFIGS)
+DEFAULT = "mor"  # what a vanilla checkpoint becomes where nothing is said
 AUTO = "auto"  # value of `routed_layers` that has the layers chosen by measurement
 ALIASES = {"recursions": "num_recursions"}  # other spellings of a field, as a key and as a flag
 
 _CALIBRATED = {"compute", "compute_curve"}
 _INHERITED = {field.name for field in dataclasses.fields(BackboneConfig)}
+# what the weights of a JRT-RNN do not tell
+_UNSEEN = {
+    "num_attention_heads",
+    "prefix_length",
+    "short_prompt",
+    "short_prompt_token_id",
+    "sliding_window",
+    "mlm_loss_weight",
+    "mask_token_id",
+    "residual_in_fp32",
+    "rms_norm_eps",
+}
 # the fields of each architecture that a recipe may set; the depth follows from the source
 FIELDS: dict[str, dict[str, Any]] = {
     name: {
@@ -26,8 +43,9 @@ FIELDS: dict[str, dict[str, Any]] = {
         for field in dataclasses.fields(config_class)
         if field.name not in _INHERITED | _CALIBRATED
     }
-    for name, config_class in CONFIGS.items()
+    for name, config_class in ROUTED.items()
 }
+FIELDS["jrt"] = {field.name: field.type for field in dataclasses.fields(JRTConfig) if field.name in _UNSEEN}
 ALL_FIELDS: dict[str, Any] = {field: kind for fields in FIELDS.values() for field, kind in fields.items()}
 
 # the routing that has no routers, and the fields that say something without them
@@ -65,7 +83,7 @@ def checked_value(architecture: str, field: str, value: Any) -> Any:
     kind = FIELDS[architecture][field]
     if field == "routed_layers" and value == AUTO:
         return value
-    if isinstance(value, str) and float in get_args(kind):  # YAML reads 1e-3 as text
+    if isinstance(value, str) and float in (kind, *get_args(kind)):  # YAML reads 1e-3 as text
         try:
             value = float(value)
         except ValueError:

@@ -2,7 +2,7 @@
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -31,7 +31,10 @@ from .tensor_source import TensorSource, open_weights, read_json
 
 _OTHER_PATTERNS = ["*.json", "*.jinja", "merges.txt", "vocab.txt", "*.model", "README.md", *TERMS]
 _COMMIT = re.compile(r"[0-9a-f]{40}")
-_BUFFERS = re.compile(r"(^|\.)rotary_emb\.inv_freq$")
+# computed from the configuration; old checkpoints carry it
+DERIVED = re.compile(r"(^|\.)rotary_emb\.inv_freq$")
+# in the place of a model type: config.json says `gpt2`, which it is not
+OFFICIAL_JRT = "official JRT-RNN"
 
 
 @dataclass
@@ -75,7 +78,7 @@ def open_source(source: str | Path, *, revision: str | None = None, allowed: tup
     Args:
         source (`str` or `Path`): a folder, a file ending in .gguf, or a Hub id such as "org/name".
         revision (`str`, *optional*): branch, tag or commit of a Hub repository.
-        allowed (`tuple[str, ...]`): model types that may be opened.
+        allowed (`tuple[str, ...]`): model types that may be opened, `OFFICIAL_JRT` among them.
 
     Raises:
         ConversionError: if it cannot be found or read, or is of another model type.
@@ -143,19 +146,17 @@ def _download(source: str, revision: str | None) -> Path:
         ) from error
 
 
+def is_official_jrt(raw_config: Mapping[str, Any]) -> bool:
+    """Whether a config.json is one of the official code of JRT-RNN and Based: GPT-2's, with mixers of its own."""
+    mixers = (raw_config.get(key) for key in ("mixer", "alt_mixer", "alt_mixer_2"))
+    return raw_config.get("model_type") == "gpt2" and any(isinstance(mixer, dict) for mixer in mixers)
+
+
 def _read_config(raw: Mapping[str, Any], allowed: tuple[str, ...]) -> PreTrainedConfig:
     model_type = raw.get("model_type")
     if model_type is None:
         raise ConversionError("config.json has no `model_type`; give a checkpoint in the Hugging Face format.")
-    if model_type in CONFIGS and model_type not in allowed:
-        raise ConversionError(
-            f"The source is a {CONFIGS[model_type].__name__.removesuffix('Config')} already; convert its vanilla "
-            "source, or `varidepth unroll` it first."
-        )
-    if model_type not in allowed:
-        raise ConversionError(
-            f"The source is a {model_type!r} model, but only these can be read here: {', '.join(allowed)}."
-        )
+    _check_type(OFFICIAL_JRT if is_official_jrt(raw) else model_type, allowed)
     if raw.get("quantization_config") is not None:
         method = raw["quantization_config"].get("quant_method", "unknown")
         raise ConversionError(f"The source is quantized ({method}); convert the unquantized checkpoint instead.")
@@ -163,6 +164,28 @@ def _read_config(raw: Mapping[str, Any], allowed: tuple[str, ...]) -> PreTrained
         return CONFIG_MAPPING[model_type].from_dict(dict(raw))
     except Exception as error:  # the config classes raise a dozen types, some multi-line
         raise ConversionError(f"config.json is no valid {model_type} configuration: {_one_line(error)}.") from error
+
+
+def _check_type(model_type: str, allowed: tuple[str, ...]) -> None:
+    if model_type in allowed:
+        return
+    if model_type == "jrt":
+        raise ConversionError("The source is a JRT-RNN of this package, which cannot be made into another model.")
+    if model_type in CONFIGS:
+        raise ConversionError(
+            f"The source is a {CONFIGS[model_type].__name__.removesuffix('Config')} already; convert its vanilla "
+            "source, or `varidepth unroll` it first."
+        )
+    if model_type == OFFICIAL_JRT:
+        raise ConversionError("The source is an official JRT-RNN checkpoint; run `varidepth convert` on it first.")
+    if allowed == (OFFICIAL_JRT,):
+        raise ConversionError(
+            f"The source is a {model_type!r} model, but only an official JRT-RNN or Based checkpoint becomes a "
+            "JRT-RNN, and no attention model does; use `--to mor` or `--to mod`, or train one from scratch."
+        )
+    raise ConversionError(
+        f"The source is a {model_type!r} model, but only these can be read here: {', '.join(allowed)}."
+    )
 
 
 def _open_gguf(path: Path, name: str, hub_id: str | None, allowed: tuple[str, ...]) -> SourceCheckpoint:
@@ -184,11 +207,7 @@ def _open_gguf(path: Path, name: str, hub_id: str | None, allowed: tuple[str, ..
             f"The GGUF file {path.name} cannot be read by transformers ({_one_line(error)}): it is damaged or of an "
             "unsupported architecture; download it again or use the safetensors checkpoint."
         ) from error
-    if model.config.model_type not in allowed:
-        raise ConversionError(
-            f"The source is a {model.config.model_type!r} model, but only these can be read here: "
-            f"{', '.join(allowed)}."
-        )
+    _check_type(model.config.model_type, allowed)
     _drop_invented_token(tokenizer, model.config.vocab_size)
     # the loaded config says "quantized", which is no longer true
     raw = {key: value for key, value in model.config.to_dict().items() if key not in _GGUF_TRACES}
@@ -225,7 +244,7 @@ def vanilla_weights(source: SourceCheckpoint) -> TensorSource:
         model = AutoModelForCausalLM.from_config(source.config)
     tied = bool(source.config.tie_word_embeddings)
     expected = {name: tuple(t.shape) for name, t in model.state_dict().items()}
-    names = {name: name for name in source.weights.infos if not _BUFFERS.search(name)}
+    names = {name: name for name in source.weights.infos if not DERIVED.search(name)}
     if names and not any(name.startswith("model.") for name in names):  # saved from the bare model
         names = {name: name if name in expected else f"model.{name}" for name in names}
     weights = stack_experts(source.weights.rename(names), source.config.model_type)
@@ -242,8 +261,12 @@ def vanilla_weights(source: SourceCheckpoint) -> TensorSource:
     return weights.rename({name: name for name in expected})
 
 
-def check_tensors(weights: TensorSource, expected: Mapping[str, tuple[int, ...]]) -> None:
-    """Compares names and shapes with what the model expects.
+def check_tensors(
+    weights: TensorSource,
+    expected: Mapping[str, tuple[int, ...]],
+    remedy: str = "give a plain checkpoint (merge adapters first)",
+) -> None:
+    """Compares names and shapes with what the model expects; `remedy` is what to do about a tensor too many.
 
     Raises:
         ConversionError: at the first difference.
@@ -252,13 +275,13 @@ def check_tensors(weights: TensorSource, expected: Mapping[str, tuple[int, ...]]
     unknown = [name for name in weights.infos if name not in expected]
     if missing:
         raise ConversionError(
-            f"The weights lack {missing[0]}{_and_more(missing)}; config.json describes a larger model, or the "
+            f"The weights lack {missing[0]}{and_more(missing)}; config.json describes a larger model, or the "
             "checkpoint is incomplete."
         )
     if unknown:
         raise ConversionError(
-            f"The weights hold {unknown[0]}{_and_more(unknown)}, which the model of config.json does not have; give a "
-            "plain checkpoint (merge adapters first)."
+            f"The weights hold {unknown[0]}{and_more(unknown)}, which the model of config.json does not have; "
+            f"{remedy}."
         )
     for name, shape in expected.items():
         if weights.infos[name].shape != shape:
@@ -317,7 +340,8 @@ def generation_settings(source: SourceCheckpoint) -> dict[str, Any] | None:
     }
 
 
-def _and_more(names: list[str]) -> str:
+def and_more(names: Sequence[str]) -> str:
+    """How many names follow the first one, for a sentence that has named it."""
     return f" and {len(names) - 1} more" if len(names) > 1 else ""
 
 

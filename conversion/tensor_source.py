@@ -228,8 +228,8 @@ def _check_weight_map(infos: dict[str, TensorInfo], weight_map: dict[str, str] |
 
 
 def _is_weight_or_counter(dtype: torch.dtype, shape: Sequence[int]) -> bool:
-    """A routed model counts the steps of its warm-up in a scalar."""
-    return dtype in FLOAT_DTYPES.values() or (dtype == torch.int64 and not shape)
+    """Routed models count the steps of their warm-up, and training metrics their tokens, in one number."""
+    return dtype in FLOAT_DTYPES.values() or (dtype == torch.int64 and torch.Size(shape).numel() == 1)
 
 
 def _not_a_float(name: str, file: str, dtype: str) -> str:

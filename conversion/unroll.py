@@ -17,7 +17,7 @@ from .companion_files import copy_companions
 from .errors import ConversionError
 from .expert_layout import split_experts
 from .recipe import Recipe
-from .recipe_fields import ARCHITECTURES
+from .recipe_fields import ROUTED
 from .router_tensors import ROUTING_PREFIXES, routers_are_open
 from .source_checkpoint import check_tensors, open_source
 from .tensor_source import TensorSource
@@ -54,7 +54,7 @@ def unroll(
     target = Path(output)
     limit = Recipe(max_shard_size=max_shard_size).max_shard_bytes
     check_output(target, Path(source) if Path(source).exists() else None, overwrite=overwrite)
-    checkpoint = open_source(source, revision=revision, allowed=ARCHITECTURES)
+    checkpoint = open_source(source, revision=revision, allowed=tuple(ROUTED))
     config: Any = checkpoint.config
     weights = checkpoint.weights
     refuse_inexact(config, weights)

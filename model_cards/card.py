@@ -1,5 +1,7 @@
 """Model cards: templates filled with what a conversion knows, and metadata that the Hub accepts."""
 
+from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
@@ -9,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from huggingface_hub import ModelCard, ModelCardData
 from transformers.configuration_utils import PreTrainedConfig
 
+from ..configuration.configuration_jrt import JRTConfig
 from ..configuration.routed_config import RoutedConfig
 
 
@@ -19,7 +22,11 @@ if TYPE_CHECKING:
 
 
 def write_card(
-    folder: Path, source: "SourceCheckpoint", recipe: "Recipe", plan: "ConversionPlan", config: RoutedConfig
+    folder: Path,
+    source: "SourceCheckpoint",
+    recipe: "Recipe",
+    plan: "ConversionPlan",
+    config: RoutedConfig | JRTConfig,
 ) -> None:
     """Writes the README.md of a converted checkpoint.
 
@@ -28,10 +35,10 @@ def write_card(
         source (`SourceCheckpoint`): what it was made of; its license is copied where it is known.
         recipe (`Recipe`): echoed.
         plan (`ConversionPlan`): echoed as a table.
-        config (`MoRConfig`): of the new model.
+        config: of the new model.
     """
     base_model = recipe.base_model or source.base_model
-    kind = _recursions(config, plan) if config.model_type == "mor" else _depths(config, recipe)
+    kind = _KINDS[config.model_type](config, recipe, plan)
     text = _fill(
         "converted_card.md",
         title=folder_title(source.name, kind.suffix),
@@ -44,7 +51,8 @@ def write_card(
         plan=plan.table(),
         recipe=recipe.to_yaml(),
     )
-    _save(folder, text, base_model, source.license, ["custom_code", "varidepth", kind.tag, config.backbone])
+    family = [config.backbone] if isinstance(config, RoutedConfig) else []
+    _save(folder, text, base_model, source.license, ["custom_code", "varidepth", kind.tag, *family])
 
 
 @dataclass(frozen=True)
@@ -60,7 +68,7 @@ class _Kind:
     references: tuple[tuple[str, str], ...]
 
 
-def _recursions(config: Any, plan: "ConversionPlan") -> _Kind:
+def _recursions(config: Any, recipe: "Recipe", plan: "ConversionPlan") -> _Kind:
     n = config.num_recursions
     routing = {
         "expert_choice": f"routers decide at each of up to {n} recursions which tokens go on",
@@ -94,7 +102,7 @@ def _recursions(config: Any, plan: "ConversionPlan") -> _Kind:
     )
 
 
-def _depths(config: Any, recipe: "Recipe") -> _Kind:
+def _depths(config: Any, recipe: "Recipe", plan: "ConversionPlan") -> _Kind:
     unit = {"block": "them", "attention": "their attention", "mlp": "their MLP"}[config.routing_unit]
     description = (
         f"{config.num_hidden_layers} layers, of which {len(config.routed_layers)} are routed: tokens pass by {unit} "
@@ -129,6 +137,50 @@ def _depths(config: Any, recipe: "Recipe") -> _Kind:
     )
 
 
+def _prefixes(config: Any, recipe: "Recipe", plan: "ConversionPlan") -> _Kind:
+    count = Counter(config.layer_types)
+    description = (
+        f"{count['linear_attention']} layers of linear attention, {count['sliding_attention']} of attention within a "
+        f"window of {config.sliding_window} tokens, and {count['conv']} gated short convolutions; "
+    )
+    n = config.prefix_length
+    state = "The weights are those of the source, under other names."
+    if n == 0:
+        description += "causal, with a memory of constant size."
+        limits = "Those of the source."
+    else:
+        description += (
+            f"linear attention reads the first {n} tokens of a prompt non-causally, and then has a memory of constant "
+            "size."
+        )
+        state += (
+            f" A prompt of fewer than {n} tokens is treated by `short_prompt={config.short_prompt!r}`. The published "
+            'numbers were measured with such prompts padded to that length: pass `short_prompt="left_pad"` to '
+            '`from_pretrained` to reproduce them, or `"read_twice"` for those of 512-token documents.'
+        )
+        limits = (
+            "Every token of the prefix is seen by the others of it, so a likelihood of tokens inside the prefix "
+            "means nothing: score the tokens behind it."
+        )
+    return _Kind(
+        name="JRT-RNN (Just Read Twice)" if n else "Based, the causal baseline of JRT-RNN,",
+        suffix="varidepth",
+        tag="jrt",
+        description=description,
+        state=state,
+        limits=limits,
+        references=(
+            ("Just read twice: closing the recall gap for recurrent language models", "2407.05483"),
+            ("Simple linear attention language models balance the recall-throughput tradeoff", "2402.18668"),
+        ),
+    )
+
+
+_KINDS: dict[str, Callable[[Any, "Recipe", "ConversionPlan"], _Kind]] = {
+    "mor": _recursions,
+    "mod": _depths,
+    "jrt": _prefixes,
+}
 _ATTENTION_LIMIT = 'Routed layers need `attn_implementation` "sdpa" or "eager".'
 
 
