@@ -110,9 +110,7 @@ class JRTCollator:
         # nothing stands before a first token to predict it from
         labels = labels.masked_fill(place <= prefix_length[:, None].clamp(min=1), IGNORED)
         return {
-            "input_ids": input_ids
-            if self.mask_token_id is None
-            else input_ids.masked_fill(masked, self.mask_token_id),
+            "input_ids": input_ids.masked_fill(masked, self.mask_token_id or 0),
             "attention_mask": valid.long(),
             "labels": torch.where(masked, input_ids, labels),
             "prefix_length": prefix_length,
@@ -163,9 +161,8 @@ class JRTCollator:
         if self.seed is not None:
             generator = torch.Generator().manual_seed(zlib.crc32(input_ids.numpy().tobytes(), self.seed))
         drawn = torch.rand(input_ids.shape, generator=generator) < self.mlm_probability
-        return (
-            candidates & drawn & ~torch.isin(input_ids, torch.tensor([self.mask_token_id, *self.unmasked_token_ids]))
-        )
+        kept = torch.isin(input_ids, torch.tensor([self.mask_token_id, *self.unmasked_token_ids]))
+        return candidates & drawn & ~kept
 
 
 def _rows_of(example: Mapping[str, Any]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
