@@ -80,10 +80,16 @@ def training(tokens: int, dtype: torch.dtype) -> dict[str, Callable[[int], Any]]
     """Name -> forward and backward pass."""
     tensors = [tensor.requires_grad_() for tensor in problem(tokens, dtype)]
     heads = [torch.randn(1, HEADS, tokens, VALUES, dtype=dtype, requires_grad=True) for _ in range(3)]
-    return {
-        "sdpa": lambda step: torch.autograd.grad(F.scaled_dot_product_attention(*heads, is_causal=True).sum(), heads),
-        "chunked": lambda step: torch.autograd.grad(prefix_linear_attention(*tensors)[0].sum(), tensors),
-    }
+
+    @torch.enable_grad()
+    def sdpa(step: int) -> Any:
+        return torch.autograd.grad(F.scaled_dot_product_attention(*heads, is_causal=True).sum(), heads)
+
+    @torch.enable_grad()
+    def chunked(step: int) -> Any:
+        return torch.autograd.grad(prefix_linear_attention(*tensors)[0].sum(), tensors)
+
+    return {"sdpa": sdpa, "chunked": chunked}
 
 
 def measure(runs: dict[str, Callable[[int], Any]], steps: int, clock: str) -> dict[str, float]:
