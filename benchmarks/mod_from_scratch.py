@@ -15,6 +15,7 @@ import statistics
 from pathlib import Path
 
 import torch
+from paired_seeds import paired_difference
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from varidepth import MoDConfig, MoDForCausalLM
@@ -29,7 +30,6 @@ ARMS = {
     "stochastic": {"routing": "stochastic"},
 }
 LENGTH = 256
-STUDENT = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776}  # t at 97.5 %, by degrees of freedom
 
 
 def main() -> None:
@@ -138,13 +138,8 @@ def report(losses: dict[str, list[tuple[float, float]]], train: torch.Tensor, ar
         lines.append(f"| {seed} | " + " | ".join(cells) + " |")
     for arm in (arm for arm in args.arms if arm.startswith("learned") and "stochastic" in args.arms):
         for j, rule in enumerate(("top-k", "causal rule")):
-            gains = [b[j] - a[j] for a, b in zip(losses[arm], losses["stochastic"], strict=True)]
-            mean, n = statistics.fmean(gains), len(gains)
-            interval = ""
-            if n > 1:
-                half = STUDENT.get(n - 1, 2.0) * statistics.stdev(gains) / math.sqrt(n)
-                interval = f" (95 % interval {mean - half:+.4f} to {mean + half:+.4f})"
-            lines += ["", f"Stochastic minus {arm}, {rule}: {mean:+.4f}{interval}."]
+            learned, stochastic = ([pair[j] for pair in losses[one]] for one in (arm, "stochastic"))
+            lines += ["", f"Stochastic minus {arm}, {rule}: {paired_difference(learned, stochastic)}."]
     command = f"--steps {args.steps} --batch {args.batch} --width {args.width} --layers {args.layers}"
     command += f" --vocabulary {args.vocabulary}"
     lines += ["", f"Made by `python benchmarks/mod_from_scratch.py --text ... {command} --write`."]
