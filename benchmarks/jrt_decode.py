@@ -41,9 +41,8 @@ def stored_bytes(cache: DynamicCache) -> int:
     found: dict[int, torch.Tensor] = {}
     for layer in cache.layers:
         values = [*vars(layer).values(), *getattr(layer, "conv_states", {}).values()]
-        found |= {
-            id(value): value for value in values if isinstance(value, torch.Tensor) and value.is_floating_point()
-        }
+        tensors = [value for value in values if isinstance(value, torch.Tensor) and value.is_floating_point()]
+        found |= {id(tensor): tensor for tensor in tensors}
     return sum(tensor.numel() * tensor.element_size() for tensor in found.values())
 
 
@@ -71,21 +70,18 @@ def main() -> None:
     lines = [
         "# Decoding of JRT-RNN behind long contexts",
         "",
-        "The 360M layout at a quarter of its width, random weights, batch 1, a prefix of 1024 tokens; in proportion to "
-        "the shortest context. Made by `python benchmarks/jrt_decode.py --write`.",
+        "The 360M layout at a quarter of its width, random weights, batch 1, a prefix of 1024 tokens; in proportion "
+        "to the shortest context. Made by `python benchmarks/jrt_decode.py --write`.",
         "",
         f"Machine: {machine()}. Medians of {args.steps} interleaved steps, {args.clock} time.",
         "",
-        "| context | time per new token | bytes held | of which predicted | time of the prefill per token |",
+        "| context | time per new token | bytes held | predicted / held | time of the prefill per token |",
         "|---|---|---|---|---|",
     ]
+    predicted = state_bytes(model.config).total
     for tokens, median, size, seconds in zip(args.context, medians, held, prefill, strict=True):
-        cells = [
-            f"{median / medians[0]:.3f}",
-            f"{size / held[0]:.3f}",
-            f"{state_bytes(model.config).total / size:.3f}",
-        ]
-        lines.append(f"| {tokens} | {' | '.join(cells)} | {seconds / prefill[0]:.3f} |")
+        ratios = median / medians[0], size / held[0], predicted / size, seconds / prefill[0]
+        lines.append(f"| {tokens} | {' | '.join(f'{ratio:.3f}' for ratio in ratios)} |")
     publish(__file__, lines, args.write)
 
 

@@ -328,6 +328,11 @@ class JRTForCausalLM(PrefixGeneration, JRTPreTrainedModel, GenerationMixin):
 
         The loss is that of `prefix_lm_loss`: labels whose tokens the prefix has seen are not read.
         """
+        if labels is None and num_items_in_batch is not None and self.config.prefix_length:
+            raise ValueError(
+                "the loss is made outside of the model, which would read labels that the prefix has seen; leave "
+                "`label_smoothing_factor` and `compute_loss_func` out, so that the model gets the labels."
+            )
         prefix = None
         if labels is not None and not seen_columns(cache):
             tokens, default = input_ids if inputs_embeds is None else inputs_embeds, self.config.prefix_length
@@ -355,9 +360,9 @@ class JRTForCausalLM(PrefixGeneration, JRTPreTrainedModel, GenerationMixin):
                 )
             loss = prefix_lm_loss(
                 logits,
-                labels,
-                input_ids,
-                prefix,
+                labels.to(logits.device),
+                None if input_ids is None else input_ids.to(logits.device),
+                None if prefix is None else prefix.to(logits.device),
                 self.config.mask_token_id,
                 self.config.mlm_loss_weight,
                 num_items_in_batch,

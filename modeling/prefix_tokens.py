@@ -18,6 +18,9 @@ class Prefix(NamedTuple):
     columns: int
     lengths: torch.Tensor
 
+    def to(self, device: torch.device) -> "Prefix":
+        return Prefix(self.mask.to(device), self.columns, self.lengths.to(device))
+
 
 def find_prefix(
     tokens: torch.Tensor,

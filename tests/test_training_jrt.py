@@ -151,6 +151,11 @@ def test_resumed_training_is_exact(tmp_path):
     assert torch.equal(logits_of(loaded), logits_of(whole.model))
 
 
+def test_a_loss_outside_of_the_model_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="would read labels that the prefix has seen; leave `label_smoothing_factor`"):
+        trainer_of(text_model(), tmp_path, max_steps=1, label_smoothing_factor=0.1).train()
+
+
 @pytest.mark.parametrize("collator", [None, DataCollatorForLanguageModeling(text_tokenizer(), mlm=False)], ids=type)
 def test_plain_labels_train_what_lies_behind_the_prefix(collator, tmp_path):
     model = text_model(mask_token_id=None)
