@@ -33,9 +33,10 @@ def state_bytes(config: JRTConfig, bytes_per_value: int = 4) -> StateBytes:
         bytes_per_value: of the model's weights, 2 for bfloat16.
     """
     features = find_feature_map(config.feature_map).size(config.feature_dim)
+    key_values = (config.num_key_value_heads or config.num_attention_heads) * config.head_dim
     each = {
         "linear_attention": config.num_attention_heads * features * (config.head_dim + 1) * max(bytes_per_value, 4),
-        "sliding_attention": (config.sliding_window - 1) * 2 * config.hidden_size * bytes_per_value,
+        "sliding_attention": (config.sliding_window - 1) * 2 * key_values * bytes_per_value,
         "conv": config.conv_kernel_size * 2 * config.hidden_size * bytes_per_value,
     }
     layers = list(config.layer_types or ())

@@ -6,15 +6,21 @@ by building the family's own configuration class; a key that neither the family 
 """
 
 import dataclasses
-import difflib
 from typing import Any, ClassVar
 
 from huggingface_hub.dataclasses import strict
-from transformers import GenerationConfig
 from transformers.configuration_utils import PreTrainedConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from .config_basics import CodeKeepingConfig, check_choice
+from .config_basics import (
+    BASE_FIELDS,
+    METADATA,
+    ROPE_KEYS,
+    CodeKeepingConfig,
+    check_choice,
+    is_transformers_key,
+    unknown_key,
+)
 
 
 BACKBONES = (
@@ -39,27 +45,8 @@ MOE_BACKBONES = ("mixtral", "qwen3_moe")
 # lists with one entry per unrolled layer: a repeat of a layer carries the entry of its first use
 PER_LAYER_FIELDS = ("layer_types", "no_rope_layers")
 
-# what transformers itself writes into a config.json or passes to a config beside the dataclass fields
-_METADATA = {
-    "_attn_implementation",
-    "_commit_hash",
-    "_name_or_path",
-    "attn_implementation",
-    "auto_map",
-    "experts_implementation",
-    "model_type",
-    "name_or_path",
-    "num_labels",
-    "output_attentions",
-    "per_layer_config",
-    "quantization_config",
-    "tie_last_hidden_states",
-    "torch_dtype",
-}
 # what the modeling code of every family reads, although not every configuration class declares it
 _UNDECLARED = {"head_dim"}
-_ROPE_KEYS = {"rope_theta", "rope_scaling", "partial_rotary_factor", "rope_local_base_freq"}
-_BASE_FIELDS = {field.name for field in dataclasses.fields(PreTrainedConfig)}
 
 
 @strict
@@ -93,10 +80,9 @@ class BackboneConfig(CodeKeepingConfig, PreTrainedConfig):
         """Builds the family's config from `kwargs`, copies what it holds to `self`; returns transformers' metadata."""
         known = family_fields(self.backbone)
         own_fields = {field.name for field in dataclasses.fields(self)}
-        generation = set(GenerationConfig._get_default_generation_params())
 
         family_kwargs = {name: getattr(self, name) for name in known & own_fields}
-        family_kwargs |= {key: value for key, value in kwargs.items() if key in known | _ROPE_KEYS}
+        family_kwargs |= {key: value for key, value in kwargs.items() if key in known | ROPE_KEYS}
         family = CONFIG_MAPPING[self.backbone](**family_kwargs)
 
         if getattr(family, "use_bidirectional_attention", False):
@@ -104,16 +90,13 @@ class BackboneConfig(CodeKeepingConfig, PreTrainedConfig):
                 "`use_bidirectional_attention` is True, but routed models are causal; set it to False or start from a "
                 "decoder."
             )
-        derived = {key: value for key, value in vars(family).items() if key not in _BASE_FIELDS and key[0] != "_"}
+        derived = {key: value for key, value in vars(family).items() if key not in BASE_FIELDS and key[0] != "_"}
         for key, value in kwargs.items():
-            if key in known | _METADATA | _ROPE_KEYS | _BASE_FIELDS or key in generation:
+            if key in known | ROPE_KEYS or is_transformers_key(key):
                 continue
             if key not in derived:
-                guess = difflib.get_close_matches(key, own_fields | known, n=1)
-                raise ValueError(
-                    f"`{key}` is neither a field of {type(self).__name__} nor of the {self.backbone} configuration"
-                    + (f"; did you mean `{guess[0]}`?" if guess else "; remove it.")
-                )
+                owner = f"neither a field of {type(self).__name__} nor of the {self.backbone} configuration"
+                raise unknown_key(key, owner, own_fields | known)
             if value != derived[key]:
                 raise ValueError(
                     f"`{key}` is {value!r}, but the {self.backbone} configuration derives {derived[key]!r} from its "
@@ -124,7 +107,7 @@ class BackboneConfig(CodeKeepingConfig, PreTrainedConfig):
                 setattr(self, key, value)
         # the parameter names are the family's; transformers does not write this to config.json
         self.base_model_tp_plan = family.base_model_tp_plan
-        return {key: value for key, value in kwargs.items() if key in _METADATA | _BASE_FIELDS}
+        return {key: value for key, value in kwargs.items() if key in METADATA | BASE_FIELDS}
 
     def repeat_layer_fields(self, physical_layers: list[int]) -> None:
         """Rewrites the per-layer lists so that every repeat carries the entry of its layer's first use.
@@ -169,7 +152,7 @@ def family_fields(backbone: str) -> set[str]:
     """Names of the fields that the family's configuration adds to those of every configuration."""
     family = CONFIG_MAPPING[backbone]
     declared = {field.name for field in dataclasses.fields(family)}
-    return (declared | _UNDECLARED | set(family.attribute_map.values())) - _BASE_FIELDS
+    return (declared | _UNDECLARED | set(family.attribute_map.values())) - BASE_FIELDS
 
 
 def first_uses(physical_layers: list[int]) -> dict[int, int]:

@@ -1,12 +1,13 @@
 """Configuration of JRT-RNN (Just Read Twice, arXiv 2407.05483)."""
 
+import dataclasses
 from typing import Any
 
 from huggingface_hub.dataclasses import strict
 from transformers.configuration_utils import PreTrainedConfig
 from transformers.modeling_rope_utils import RopeParameters
 
-from .config_basics import CodeKeepingConfig, check_choice
+from .config_basics import ROPE_KEYS, CodeKeepingConfig, check_choice, is_transformers_key, unknown_key
 
 
 MIXERS = ("linear_attention", "sliding_attention", "conv")
@@ -35,7 +36,9 @@ class JRTConfig(CodeKeepingConfig, PreTrainedConfig):
         num_hidden_layers (`int`, *optional*, defaults to 26):
             Number of layers.
         num_attention_heads (`int`, *optional*, defaults to 16):
-            Heads of linear and of sliding-window attention; there are as many for keys and values.
+            Heads of linear and of sliding-window attention.
+        num_key_value_heads (`int`, *optional*):
+            Key and value heads of sliding-window attention; as many as `num_attention_heads` by default.
         layer_types (`list[str]`, *optional*):
             Mixer of each layer: `linear_attention` (prefix linear attention), `sliding_attention` or `conv` (gated
             short convolution). By default the layout of the released models where the depth is theirs (26 or 36), else
@@ -100,6 +103,7 @@ class JRTConfig(CodeKeepingConfig, PreTrainedConfig):
     intermediate_size: int = 2048
     num_hidden_layers: int = 26
     num_attention_heads: int = 16
+    num_key_value_heads: int | None = None
     layer_types: list[str] | None = None
     feature_dim: int = 16
     feature_map: str = "taylor"
@@ -124,9 +128,15 @@ class JRTConfig(CodeKeepingConfig, PreTrainedConfig):
     tie_word_embeddings: bool = True
 
     def __post_init__(self, **kwargs):
+        known = {field.name for field in dataclasses.fields(self)}
+        for key in kwargs:
+            if key not in ROPE_KEYS and not is_transformers_key(key):
+                raise unknown_key(key, "no field of JRTConfig", known)
         if self.vocab_size == GPT2_VOCABULARY:
             self.mask_token_id = 50263 if self.mask_token_id is None else self.mask_token_id
             self.short_prompt_token_id = 220 if self.short_prompt_token_id is None else self.short_prompt_token_id
+        if self.num_key_value_heads is None:
+            self.num_key_value_heads = self.num_attention_heads
         if self.layer_types is None:
             self.layer_types = default_layer_types(self.num_hidden_layers)
         super().__post_init__(**kwargs)
@@ -143,10 +153,6 @@ class JRTConfig(CodeKeepingConfig, PreTrainedConfig):
     def head_dim(self) -> int:
         """Size of a value vector per head, and of all vectors of sliding-window attention."""
         return self.hidden_size // self.num_attention_heads
-
-    @property
-    def num_key_value_heads(self) -> int:
-        return self.num_attention_heads
 
     @property
     def pads_officially(self) -> bool:
@@ -166,6 +172,11 @@ class JRTConfig(CodeKeepingConfig, PreTrainedConfig):
             raise ValueError(
                 f"`hidden_size` is {self.hidden_size}, but must be a multiple of `num_attention_heads`, which is "
                 f"{self.num_attention_heads}."
+            )
+        if self.num_key_value_heads < 1 or self.num_attention_heads % self.num_key_value_heads:
+            raise ValueError(
+                f"`num_key_value_heads` is {self.num_key_value_heads}, but must divide `num_attention_heads`, which "
+                f"is {self.num_attention_heads}."
             )
         least = {"feature_dim": 1, "sliding_window": 2, "conv_kernel_size": 2, "prefix_length": 0}
         for field, minimum in least.items():

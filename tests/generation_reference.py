@@ -101,8 +101,7 @@ SMALLEST: dict[str, dict[str, Any]] = {
 
 def config_of(case: str, **fields: Any) -> MoRConfig | MoDConfig | JRTConfig:
     if case in JRT_CASES:
-        sizes = {key: value for key, value in SIZES.items() if key != "num_key_value_heads"}
-        return JRTConfig(**sizes | JRT_CASES[case] | fields)
+        return JRTConfig(**SIZES | JRT_CASES[case] | fields)
     config_class = MoDConfig if "mod" in case else MoRConfig
     return config_class(**SIZES | (CASES | SMALLEST)[case] | fields)
 

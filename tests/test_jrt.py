@@ -388,6 +388,8 @@ def test_iterate_lets_generated_tokens_join_the_prefix():
         ({"num_hidden_layers": 3}, "`layer_types` has 4 entries, but must have one for each of the 3 layers"),
         ({"hidden_size": 30}, "`hidden_size` is 30, but must be a multiple of `num_attention_heads`"),
         ({"layer_types": ["conv"] * 4}, "`prefix_length` is 6, but no layer is 'linear_attention'"),
+        ({"num_key_value_heads": 3}, "`num_key_value_heads` is 3, but must divide `num_attention_heads`"),
+        ({"prefix_lenght": 3}, "`prefix_lenght` is no field of JRTConfig; did you mean `prefix_length`"),
         ({"prefix_length": -1}, "`prefix_length` is -1, but must be at least 0"),
         ({"short_prompt": "leftpad"}, "did you mean 'left_pad'"),
         (

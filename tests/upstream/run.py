@@ -45,6 +45,7 @@ PLACES = {
     "steady_routing.py": "tests/steady_routing.py",
     "mor_cases.py": "tests/models/test_mor.py",
     "mod_cases.py": "tests/models/test_mod.py",
+    "jrt_cases.py": "tests/models/test_jrt.py",
 }
 INI = "[pytest]\naddopts = -p no:cacheprovider\nfilterwarnings =\n    ignore\n"
 

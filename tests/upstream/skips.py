@@ -26,6 +26,7 @@ class Entry:
 
 
 MOR_MODES = ("plain", "expert_threshold", "expert_predictor", "expert_shared_kv", "token_choice")
+MOD_MODES = ("mod_attention", "mod_block")
 
 # The multi-process cases take minutes per mode. These two modes stand for all: routed cache with routers, and layers
 # with a mixed-in class, whose key and value projections are switched off.
@@ -44,7 +45,12 @@ EXPECTED_FAILURES: dict[str, Entry] = {
     ),
     "test_eager_matches_batched_and_grouped_inference": Entry(
         "the class can have experts (MoDE, see tests/test_mod_experts.py), the backbone of these modes has none",
-        modes=("mod_attention", "mod_block"),
+        modes=MOD_MODES,
+    ),
+    "test_bc_cache_name_forward": Entry(
+        "`past_key_values` gives no warning, as it is what `generate` passes below transformers 5.24; both names are "
+        "tested in tests/test_cache_naming.py",
+        modes=MOR_MODES + MOD_MODES,
     ),
 }
 
@@ -78,7 +84,7 @@ SELF_SKIPS: dict[str, str] = {
 
 def mode_of(test_class: str) -> str:
     """`MoRTokenChoiceTest` -> `token_choice`; `MoDBlockTest` -> `mod_block`; `VanillaTest` -> `vanilla`."""
-    name = test_class.removeprefix("MoR").replace("MoD", "Mod").removesuffix("Test")
+    name = test_class.removeprefix("MoR").replace("MoD", "Mod").replace("JRT", "Jrt").removesuffix("Test")
     return re.sub(r"(?<!^)(?=[A-Z])", "_", name).lower()
 
 
