@@ -3,7 +3,6 @@
 import functools
 from collections.abc import Callable
 from dataclasses import fields
-from operator import attrgetter
 from typing import Any, TypeVar
 
 from transformers.modeling_outputs import BaseModelOutputWithPast
@@ -48,4 +47,7 @@ class NamedCache:
     """Mixed into outputs: their cache can be read as `cache`, whatever their field is called."""
 
     if CACHE != "cache":
-        cache = property(attrgetter(CACHE))
+
+        @property
+        def cache(self) -> Any:
+            return getattr(self, CACHE)

@@ -58,11 +58,17 @@ def test_generate_takes_both_names(case):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_both_names_compile_without_a_graph_break(name):
-    model = build("none")
+    model = build("none").model
     ids, cache = prompts()[0], DynamicCache(config=model.config)
-    step = torch.compile(model.model, fullgraph=True, backend="eager")
-    given = step(ids, use_cache=True, **{name: cache}).last_hidden_state
-    torch.testing.assert_close(given, model.model(ids, use_cache=False).last_hidden_state)
+
+    @torch.compile(fullgraph=True, backend="eager")
+    def step(ids):
+        output = model(ids, use_cache=True, **{name: cache})
+        return output.last_hidden_state, output.cache
+
+    states, returned = step(ids)
+    torch.testing.assert_close(states, model(ids, use_cache=False).last_hidden_state)
+    assert returned is cache
 
 
 @pytest.mark.parametrize("case", CASES)
