@@ -86,7 +86,8 @@ class LayerShape(NamedTuple):
 
 
 def layer_shape(config: Any) -> LayerShape:
-    """Widths of a decoder layer of `config`."""
+    """Widths of a decoder layer of `config`; raises a `ValueError` as `family_shape` does."""
+    family_shape(config)
     hidden, heads = config.hidden_size, config.num_attention_heads
     head_dim = getattr(config, "head_dim", None) or hidden // heads
     kv_heads = getattr(config, "num_key_value_heads", None) or heads

@@ -6,15 +6,16 @@ What no weight tells (heads, window, prefix, epsilon) is what config.json says, 
 """
 
 import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
 from ..configuration.configuration_jrt import JRTConfig
 from ..modeling.modeling_jrt import JRTForCausalLM
 from .blueprint import Blueprint, empty_model, make_config
-from .body_tensors import LAYER_NAME, common_dtype, copy_of
+from .body_tensors import common_dtype, copy_of
 from .checkpoint_writer import TargetTensor
 from .errors import ConversionError
 from .plan import ConversionPlan, PlannedLayer, spans
@@ -47,36 +48,29 @@ _FIXED: dict[str, Any] = {
 }
 
 
-class _Origin(NamedTuple):
-    """Where a tensor comes from: one of the `parts` equal blocks of rows of an official one."""
-
-    name: str
-    part: int = 0
-    parts: int = 1
-
-
-_OUTER = {"model.embed_tokens.weight": _Origin(_EMBEDDING), "model.norm.weight": _Origin("transformer.ln_f.weight")}
+_OUTER = {"model.embed_tokens.weight": _EMBEDDING, "model.norm.weight": "transformer.ln_f.weight"}
+# what the parts of a layer are called there; those of one tensor in the order of their rows
 _LAYER_PARTS = {
-    "input_layernorm.weight": _Origin("norm1.weight"),
-    "post_attention_layernorm.weight": _Origin("norm2.weight"),
-    "mlp.up_proj.weight": _Origin("mlp.fc1.weight", 0, 2),
-    "mlp.gate_proj.weight": _Origin("mlp.fc1.weight", 1, 2),
-    "mlp.down_proj.weight": _Origin("mlp.fc2.weight"),
-    "linear_attn.q_proj.weight": _Origin("mixer.proj_q.weight"),
-    "linear_attn.k_proj.weight": _Origin("mixer.proj_k.weight"),
-    "linear_attn.v_proj.weight": _Origin("mixer.proj_v.weight"),
-    "linear_attn.prefix_k_proj.weight": _Origin("mixer.proj_k_enc.weight"),
-    "linear_attn.prefix_v_proj.weight": _Origin("mixer.proj_v_enc.weight"),
-    "linear_attn.o_proj.weight": _Origin("mixer.out_proj.weight"),
-    "self_attn.q_proj.weight": _Origin("mixer.Wqkv.weight", 0, 3),
-    "self_attn.k_proj.weight": _Origin("mixer.Wqkv.weight", 1, 3),
-    "self_attn.v_proj.weight": _Origin("mixer.Wqkv.weight", 2, 3),
-    "self_attn.o_proj.weight": _Origin("mixer.out_proj.weight"),
-    "conv.in_proj.weight": _Origin("mixer.in_proj.weight"),
-    "conv.in_proj.bias": _Origin("mixer.in_proj.bias"),
-    "conv.conv.weight": _Origin("mixer.conv.conv.weight"),
-    "conv.out_proj.weight": _Origin("mixer.out_proj.weight"),
-    "conv.out_proj.bias": _Origin("mixer.out_proj.bias"),
+    "input_layernorm.weight": "norm1.weight",
+    "post_attention_layernorm.weight": "norm2.weight",
+    "mlp.up_proj.weight": "mlp.fc1.weight",
+    "mlp.gate_proj.weight": "mlp.fc1.weight",
+    "mlp.down_proj.weight": "mlp.fc2.weight",
+    "linear_attn.q_proj.weight": "mixer.proj_q.weight",
+    "linear_attn.k_proj.weight": "mixer.proj_k.weight",
+    "linear_attn.v_proj.weight": "mixer.proj_v.weight",
+    "linear_attn.prefix_k_proj.weight": "mixer.proj_k_enc.weight",
+    "linear_attn.prefix_v_proj.weight": "mixer.proj_v_enc.weight",
+    "linear_attn.o_proj.weight": "mixer.out_proj.weight",
+    "self_attn.q_proj.weight": "mixer.Wqkv.weight",
+    "self_attn.k_proj.weight": "mixer.Wqkv.weight",
+    "self_attn.v_proj.weight": "mixer.Wqkv.weight",
+    "self_attn.o_proj.weight": "mixer.out_proj.weight",
+    "conv.in_proj.weight": "mixer.in_proj.weight",
+    "conv.in_proj.bias": "mixer.in_proj.bias",
+    "conv.conv.weight": "mixer.conv.conv.weight",
+    "conv.out_proj.weight": "mixer.out_proj.weight",
+    "conv.out_proj.bias": "mixer.out_proj.bias",
 }
 
 
@@ -178,6 +172,7 @@ def _fields(source: SourceCheckpoint, weights: TensorSource, mixers: list[str], 
         "intermediate_size": _rounded_up(said.n_inner or width or 0, width, _WIDTH_MULTIPLE),
         "num_hidden_layers": said.n_layer,
         "num_attention_heads": heads,
+        "num_key_value_heads": raw.get("n_head_kv"),
         "layer_types": mixers,
         "feature_dim": _number(raw, "feature_dim") or (query_rows or 0) // heads or _RELEASED["feature_dim"],
         "prefix_length": _number(raw, "enc_length") or (_RELEASED["enc_length"] if reads_prefix else 0),
@@ -235,24 +230,20 @@ def _targets(weights: TensorSource, model: JRTForCausalLM, dtype: torch.dtype | 
         ConversionError: for a tensor that is missing, unknown or of another shape.
     """
     shapes = {name: tuple(t.shape) for name, t in model.state_dict().items() if name != _HEAD}
-    origins = {name: _origin(name) for name in shapes}
-    expected = {origin.name: (shapes[name][0] * origin.parts, *shapes[name][1:]) for name, origin in origins.items()}
+    origins = dict(_OUTER)
+    for layer in range(model.config.num_hidden_layers):
+        for part, official in _LAYER_PARTS.items():
+            origins[f"model.layers.{layer}.{part}"] = f"transformer.layers.{layer}.{official}"
+    rows: dict[str, range] = {}
+    ends: Counter[str] = Counter()
+    for name, origin in origins.items():
+        if name in shapes:
+            rows[name] = range(ends[origin], ends[origin] + shapes[name][0])
+            ends[origin] = rows[name].stop
+    expected = {origins[name]: (ends[origins[name]], *shape[1:]) for name, shape in shapes.items()}
     remedy = "only plain JRT-RNN and Based checkpoints, without decay or other additions, can be converted"
     check_tensors(weights, expected, remedy)
-    targets = []
-    for name, origin in origins.items():
-        rows = shapes[name][0]
-        block = range(origin.part * rows, (origin.part + 1) * rows) if origin.parts > 1 else None
-        targets.append(copy_of(weights, name, origin.name, dtype, block))
-    return targets
-
-
-def _origin(name: str) -> _Origin:
-    match = LAYER_NAME.match(name)
-    if match is None:
-        return _OUTER[name]
-    origin = _LAYER_PARTS[match[2]]
-    return origin._replace(name=f"transformer.layers.{match[1]}.{origin.name}")
+    return [copy_of(weights, name, origins[name], dtype, rows[name]) for name in shapes]
 
 
 def _check_settings(raw: Mapping[str, Any], config: JRTConfig, recipe: Recipe) -> None:

@@ -28,6 +28,8 @@ from varidepth.conversion.tensor_source import TensorSource
 
 
 EMBEDDING, HEAD = "transformer.embeddings.word_embeddings.weight", "lm_head.weight"
+# mixers of the small model
+LINEAR, SLIDING, CONV = (f"transformer.layers.{layer}.mixer" for layer in (1, 2, 0))
 # layers with linear and with sliding-window attention
 LAYOUTS = {
     26: ([1, 6, 11, 16, 21], [2, 7, 12, 17, 22]),
@@ -187,6 +189,15 @@ def test_the_window_has_129_keys(tmp_path):
         check_logits(tmp_path / "jrt", tensors, lengths=(135,), window=128)
 
 
+def test_fewer_heads_of_keys_and_values(tmp_path):
+    tensors = random_tensors()
+    tensors[f"{SLIDING}.Wqkv.weight"] = tensors[f"{SLIDING}.Wqkv.weight"][:64].clone()
+    save(tmp_path / "source", tensors)
+    edit_json(tmp_path / "source" / "config.json", n_head_kv=2)
+    convert(tmp_path / "source", tmp_path / "jrt", quiet=True)
+    check_logits(tmp_path / "jrt", tensors, lengths=(30,))
+
+
 def test_based_is_a_causal_model(tmp_path):
     tensors = random_tensors(prefix=False)
     result = convert(save(tmp_path / "source", tensors, prefix=None), tmp_path / "based", quiet=True)
@@ -311,9 +322,6 @@ assert torch.equal(model.generate(expected[:, :30], max_new_tokens=5, do_sample=
     arguments = [sys.executable, "-c", program, str(tmp_path)]
     done = subprocess.run(arguments, capture_output=True, text=True, timeout=120, env=environment, cwd=tmp_path)
     assert done.returncode == 0, done.stderr[-2000:]
-
-
-LINEAR, SLIDING, CONV = (f"transformer.layers.{layer}.mixer" for layer in (1, 2, 0))
 
 
 @pytest.mark.parametrize(

@@ -97,11 +97,18 @@ def prefix_attention(
 
 
 def window_attention(x: torch.Tensor, mixer: Tensors, heads: int, window: int) -> torch.Tensor:
-    """Softmax attention of each token to itself and the `window - 1` tokens before it, rotary over whole heads."""
-    hidden = x.shape[1]
-    q, k, v = (split(x @ mixer["Wqkv.weight"][i * hidden : (i + 1) * hidden].T, heads) for i in range(3))
+    """Softmax attention of each token to itself and the `window - 1` tokens before it, rotary over whole heads.
+
+    The rows of `Wqkv.weight` are those of the queries, of the keys and of the values; there may be fewer heads of keys
+    and values, each for as many query heads in a row.
+    """
+    hidden, dim = x.shape[1], x.shape[1] // heads
+    kv_heads = (mixer["Wqkv.weight"].shape[0] - hidden) // (2 * dim)
+    q, k, v = (x @ mixer["Wqkv.weight"].T).split([hidden, kv_heads * dim, kv_heads * dim], dim=1)
+    q, k, v = split(q, heads), split(k, kv_heads), split(v, kv_heads)
     q, k = rotate(q), rotate(k)
-    out = torch.zeros_like(v)
+    k, v = (t.repeat_interleave(heads // kv_heads, dim=1) for t in (k, v))
+    out = torch.zeros_like(q)
     for token in range(x.shape[0]):
         seen = slice(max(0, token - window + 1), token + 1)
         for head in range(heads):

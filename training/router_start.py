@@ -44,10 +44,11 @@ def start_routers(
             there is no token.
     """
     config = model.config
-    if config.routing != "expert_choice" or config.router_type != "linear" or not config.router_bias:
+    routing, kind, bias = (getattr(config, name, None) for name in ("routing", "router_type", "router_bias"))
+    if routing != "expert_choice" or kind != "linear" or not bias:
         raise ValueError(
-            f"routing is {config.routing!r}, router_type {config.router_type!r} and router_bias {config.router_bias}, "
-            "but only linear expert-choice routers with a bias can be started; convert with `router_bias: true`."
+            f"routing is {routing!r}, router_type {kind!r} and router_bias {bias}, but only linear expert-choice "
+            "routers with a bias can be started; convert with `router_bias: true`."
         )
     if config.inference_rule != "threshold":
         raise ValueError(
