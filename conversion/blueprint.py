@@ -67,9 +67,19 @@ def make_config(build: Callable[[], AnyConfig]) -> AnyConfig:
 
 
 def empty_model(model_class: type[AnyModel], config: PreTrainedConfig) -> AnyModel:
-    """The model of a configuration on the meta device, for names, shapes and types."""
-    with torch.device("meta"):
-        return model_class(config)
+    """The model of a configuration on the meta device, for names, shapes and types.
+
+    Raises:
+        ConversionError: if the configuration has sizes of which no model can be built.
+    """
+    try:
+        with torch.device("meta"):
+            return model_class(config)
+    except (RuntimeError, ValueError, TypeError, AssertionError) as error:
+        raise ConversionError(
+            f"No model can be built of the configuration ({' '.join(str(error).split())}); check the sizes in "
+            "config.json."
+        ) from error
 
 
 def _shape(shape: tuple[int, ...] | None) -> str:

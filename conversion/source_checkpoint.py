@@ -154,7 +154,7 @@ def is_official_jrt(raw_config: Mapping[str, Any]) -> bool:
 
 def _read_config(raw: Mapping[str, Any], allowed: tuple[str, ...]) -> PreTrainedConfig:
     model_type = raw.get("model_type")
-    if model_type is None:
+    if not isinstance(model_type, str):
         raise ConversionError("config.json has no `model_type`; give a checkpoint in the Hugging Face format.")
     _check_type(OFFICIAL_JRT if is_official_jrt(raw) else model_type, allowed)
     if raw.get("quantization_config") is not None:

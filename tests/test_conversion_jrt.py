@@ -343,6 +343,8 @@ assert torch.equal(model.generate(expected[:, :30], max_new_tokens=5, do_sample=
         ({}, {"n_inner": 128}, {}, r"fc1.weight has shape \[128, 32\].*\[256, 32\]"),
         ({}, {"n_head": 8}, {}, "4 heads .* and 8"),
         ({}, {"n_head": "four"}, {}, "no valid gpt2"),
+        ({}, {"vocab_size": -9}, {}, "No model can be built"),
+        ({}, {"rotary_emb_base": "ten"}, {}, "No model can be built"),
         (
             {},
             {"n_head": 8, "alt_mixer": {"feature_dim": 16}, "alt_mixer_2": {"window_size": 256}},
