@@ -123,7 +123,7 @@ class MoDModel(RoutedModel, MoDPreTrainedModel):
         if config.num_routers:
             self._build_routers(1, 0, config.predictor_hidden_size or 0)
             if config.inference_rule == "ema_threshold":
-                self._keep("threshold_ema", torch.empty(config.num_routers), UNSET_THRESHOLD)
+                self._keep("threshold_ema", torch.empty(config.num_routers, dtype=torch.float32), UNSET_THRESHOLD)
         if config.routing_unit != "block":
             for layer in config.routed_layers:
                 route_part(

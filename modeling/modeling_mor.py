@@ -185,7 +185,8 @@ class MoRModel(RoutedModel, MoRPreTrainedModel):
             outputs = 1 if config.routing == "expert_choice" else config.num_recursions
             self._build_routers(outputs, inner_size, inner_size)
         if config.routing == "token_choice" and config.balancing == "loss_free":
-            self._keep("balancing_bias", torch.empty(len(self.blocks), config.num_recursions), 0)
+            shape = len(self.blocks), config.num_recursions
+            self._keep("balancing_bias", torch.empty(shape, dtype=torch.float32), 0)
         if config.kv_mode == "shared":
             share_key_values([self.layers[layer] for block in config.recursive_blocks for layer in block.layers])
         self._end_build()

@@ -93,9 +93,14 @@ class RouterBank(nn.Module):
     def __init__(self, num_routers: int, hidden_size: int, num_outputs: int, inner_size: int, bias: bool):
         super().__init__()
         width = inner_size or hidden_size
-        self.weight = nn.Parameter(torch.empty(num_routers, num_outputs, width))
-        self.expand_weight = nn.Parameter(torch.empty(num_routers, width, hidden_size)) if inner_size else None
-        self.bias = nn.Parameter(torch.empty(num_routers, num_outputs)) if bias else None
+
+        def parameter(*shape: int) -> nn.Parameter:
+            # whatever the dtype that the model is built in
+            return nn.Parameter(torch.empty(num_routers, *shape, dtype=torch.float32))
+
+        self.weight = parameter(num_outputs, width)
+        self.expand_weight = parameter(width, hidden_size) if inner_size else None
+        self.bias = parameter(num_outputs) if bias else None
 
     def reset_parameters(self, std: float) -> None:
         init.normal_(self.weight, mean=0.0, std=std)

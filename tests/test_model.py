@@ -119,10 +119,13 @@ def test_classification_reads_the_last_token_that_is_not_padding():
         torch.testing.assert_close(given, alone, rtol=1e-5, atol=1e-6)
 
 
-def test_the_balancing_bias_stays_in_fp32(tmp_path):
-    tiny_mor(routing="token_choice", balancing="loss_free").save_pretrained(tmp_path)
-    model = MoRForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16)
-    assert model.model.balancing_bias.dtype == torch.float32
+def test_routers_and_balancing_bias_stay_in_fp32(tmp_path):
+    source = tiny_mor(routing="token_choice", balancing="loss_free")
+    source.save_pretrained(tmp_path)
+    loaded = MoRForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16)
+    for model in (loaded, MoRForCausalLM._from_config(source.config, dtype=torch.bfloat16)):
+        assert model.lm_head.weight.dtype == torch.bfloat16
+        assert model.model.balancing_bias.dtype == model.model.routers.weight.dtype == torch.float32
 
 
 @torch.no_grad()

@@ -47,7 +47,7 @@ PLACES = {
     "mod_cases.py": "tests/models/test_mod.py",
     "jrt_cases.py": "tests/models/test_jrt.py",
 }
-INI = "[pytest]\naddopts = -p no:cacheprovider\nfilterwarnings =\n    ignore\n"
+INI = "[pytest]\naddopts = -p no:cacheprovider --disable-warnings\n"
 
 
 def sdist(version: str) -> Path:
