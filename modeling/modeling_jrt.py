@@ -333,6 +333,8 @@ class JRTForCausalLM(PrefixGeneration, JRTPreTrainedModel, GenerationMixin):
                 "the loss is made outside of the model, which would read labels that the prefix has seen; leave "
                 "`label_smoothing_factor` and `compute_loss_func` out, so that the model gets the labels."
             )
+        # not an argument of its own: Trainer would miss it in evaluation
+        shift_labels = kwargs.pop("shift_labels", None)
         prefix = None
         if labels is not None and not seen_columns(cache):
             tokens, default = input_ids if inputs_embeds is None else inputs_embeds, self.config.prefix_length
@@ -366,6 +368,7 @@ class JRTForCausalLM(PrefixGeneration, JRTPreTrainedModel, GenerationMixin):
                 self.config.mask_token_id,
                 self.config.mlm_loss_weight,
                 num_items_in_batch,
+                None if shift_labels is None else shift_labels.to(logits.device),
             )
         return JRTCausalLMOutputWithPast(
             loss=loss,

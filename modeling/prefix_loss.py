@@ -2,9 +2,12 @@
 
 import torch
 from torch.nn import functional as F
+from transformers.utils import logging
 
 from .prefix_tokens import Prefix
 
+
+logger = logging.get_logger(__name__)
 
 IGNORED = -100
 
@@ -17,6 +20,7 @@ def prefix_lm_loss(
     mask_token_id: int | None,
     mlm_loss_weight: float,
     num_items_in_batch: int | torch.Tensor | None = None,
+    shift_labels: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Mean loss of next tokens + `mlm_loss_weight` times that of masked tokens.
 
@@ -34,12 +38,16 @@ def prefix_lm_loss(
             Labels of the whole batch, of which this call is one part; its loss then counts by its share of them. Parts
             with equally many labels of each kind add up to the loss of the batch; otherwise the tokens of a part with
             fewer of a kind weigh more, as each part has its own two means.
+        shift_labels (`torch.LongTensor` of shape `(batch, tokens)`, *optional*):
+            Labels of next tokens that were shifted before a row was divided; `labels` then only serve masked tokens.
 
     Raises:
-        ValueError: if there are labels, but none that may be read, or masked tokens, but no mask token.
+        ValueError: if there are labels, but none that may be read.
     """
-    given = labels[:, 1:].ne(IGNORED).sum()
-    next_labels = F.pad(_behind(labels, prefix)[:, 1:], (0, 1), value=IGNORED)
+    if shift_labels is None:
+        shift_labels = F.pad(labels[:, 1:], (0, 1), value=IGNORED)
+    given = shift_labels.ne(IGNORED).sum()
+    next_labels = _behind(shift_labels, prefix)
     loss = _mean_loss(logits.flatten(0, 1), next_labels.flatten())
     hidden = masked = torch.zeros_like(labels, dtype=torch.bool)
     if prefix is not None and input_ids is not None:
@@ -59,7 +67,7 @@ def _check_read(
 ) -> None:
     """Raises a `ValueError` if a batch has labels to no effect."""
     if bool(hidden.any()) and not bool(masked.any()):
-        raise ValueError(
+        logger.warning_once(
             "labels in the prefix name tokens that the input hides behind another than the mask token of the model "
             f"(`config.mask_token_id` is {mask_token_id}), so they are not read; give the model and the collator the "
             "same."
@@ -71,12 +79,12 @@ def _check_read(
         )
 
 
-def _behind(labels: torch.Tensor, prefix: Prefix | None) -> torch.Tensor:
-    """The labels behind the last token of each row's prefix."""
+def _behind(shift_labels: torch.Tensor, prefix: Prefix | None) -> torch.Tensor:
+    """The labels of next tokens that lie behind the last token of their row's prefix."""
     if prefix is None:
-        return labels
+        return shift_labels
     seen = prefix.mask.flip(1).cummax(dim=1).values.flip(1)
-    return labels.masked_fill(seen, IGNORED)
+    return shift_labels.masked_fill(F.pad(seen[:, 1:], (0, 1), value=False), IGNORED)
 
 
 def _mean_loss(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:

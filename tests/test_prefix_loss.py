@@ -77,12 +77,35 @@ def test_a_part_counts_by_its_share_of_the_labels():
     assert bits(loss_of(num_items_in_batch=torch.tensor(5))) == pytest.approx(0.6 * bits(loss_of()))
 
 
+def test_labels_that_are_not_read_are_told(monkeypatch):
+    told: list[str] = []
+    monkeypatch.setattr(prefix_loss.logger, "warning_once", told.append)
+    for mask_token_id in (None, 1):
+        loss_of(mask_token_id=mask_token_id)
+        assert (
+            f"hides behind another than the mask token of the model (`config.mask_token_id` is {mask_token_id})"
+            in (told.pop())
+        )
+    loss_of()
+    assert not told
+
+
+def test_labels_that_were_shifted_beforehand():
+    """As in context parallelism: those of next tokens count, `labels` are for masked tokens alone."""
+    model, ids = tiny_jrt(), tokens(1, 12)
+    shifted = torch.cat([ids[:, 1:], torch.full((1, 1), IGNORED)], dim=1)
+    loss = model(ids, labels=ids, prefix_length=5).loss
+    assert torch.equal(model(ids, labels=ids, shift_labels=shifted, prefix_length=5).loss, loss)
+    moved = shifted.clone()
+    moved[0, :4] = 3
+    assert torch.equal(model(ids, labels=ids, shift_labels=moved, prefix_length=5).loss, loss)
+    moved[0, 4] = 3
+    assert not torch.equal(model(ids, labels=ids, shift_labels=moved, prefix_length=5).loss, loss)
+
+
 def test_refused():
     with pytest.raises(ValueError, match="every label lies in the prefix, .* pass a shorter `prefix_length`"):
         loss_of(TOKENS, TOKENS, length=6)
-    for mask_token_id in (None, 1):
-        with pytest.raises(ValueError, match=f"hides behind another than the mask token .* is {mask_token_id}"):
-            loss_of(mask_token_id=mask_token_id)
 
 
 def official_loss(model, stream: torch.Tensor, masked: torch.Tensor, prefix: int) -> torch.Tensor:
@@ -187,7 +210,9 @@ def test_no_label_is_read_whose_token_was_seen(prefix, side):
 
 BROKEN = {
     "all labels": lambda labels, prefix: labels,
-    "labels in holes": lambda labels, prefix: labels.masked_fill(prefix.mask, IGNORED),
+    "labels in holes": lambda labels, prefix: labels.masked_fill(
+        torch.nn.functional.pad(prefix.mask[:, 1:], (0, 1)), IGNORED
+    ),
 }
 
 

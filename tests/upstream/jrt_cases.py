@@ -15,8 +15,6 @@ class JRTSuite(TinyModelSuite):
 
     config_class = JRTConfig
     classes = {"base": JRTModel, "causal": JRTForCausalLM, "classify": JRTForSequenceClassification}
-    # some layers have no attention weights
-    has_attentions = False
     fields = {
         "num_hidden_layers": 2,
         "layer_types": ["linear_attention", "sliding_attention"],
@@ -35,3 +33,4 @@ class JRTCausalTest(JRTSuite, unittest.TestCase):
 
 class JRTRecurrentTest(JRTSuite, unittest.TestCase):
     fields = JRTSuite.fields | {"layer_types": ["conv", "linear_attention"]}
+    has_attentions = False

@@ -27,10 +27,11 @@ class Entry:
 
 MOR_MODES = ("plain", "expert_threshold", "expert_predictor", "expert_shared_kv", "token_choice")
 MOD_MODES = ("mod_attention", "mod_block")
+JRT_MODES = ("jrt_prefix", "jrt_causal", "jrt_recurrent")
 
-# The multi-process cases take minutes per mode. These two modes stand for all: routed cache with routers, and layers
-# with a mixed-in class, whose key and value projections are switched off.
-DISTRIBUTED_MODES = ("expert_threshold", "expert_shared_kv")
+# The multi-process cases take minutes per mode. These modes stand for all: routed cache with routers, layers with a
+# mixed-in class, whose key and value projections are switched off, and recurrent layers.
+DISTRIBUTED_MODES = ("expert_threshold", "expert_shared_kv", "jrt_prefix")
 
 # Test name (a parameterised test without its suffix counts for all) -> entry.
 EXPECTED_FAILURES: dict[str, Entry] = {
@@ -50,8 +51,13 @@ EXPECTED_FAILURES: dict[str, Entry] = {
     "test_bc_cache_name_forward": Entry(
         "`past_key_values` gives no warning, as it is what `generate` passes below transformers 5.24; both names are "
         "tested in tests/test_cache_naming.py",
-        modes=MOR_MODES + MOD_MODES,
+        modes=MOR_MODES + MOD_MODES + JRT_MODES,
     ),
+    "test_attention_outputs": Entry(
+        "attention weights are those of the sliding-window layers, not one for each layer",
+        modes=("jrt_prefix", "jrt_causal"),
+    ),
+    "test_model_rope_scaling_from_config": Entry("no layer of this mode has positions", modes=("jrt_recurrent",)),
 }
 
 # Regular expression on the reason that the test gives -> why it does not concern us.
@@ -77,6 +83,7 @@ SELF_SKIPS: dict[str, str] = {
     r"does not have partial rope|no axial RoPE": "other kinds of rotary embedding",
     r"does not support sliding window": "models with a sliding window",
     r"does not support SDPA$": "models made of several models",
+    r"[Dd]oes not (output|support) attentions$": "layers without attention weights",
     r"does not support output_attentions": "sdpa returns no attention weights",
     r"Feature chunking": "models with feed-forward chunking",
 }
