@@ -28,6 +28,7 @@ class Entry:
 MOR_MODES = ("plain", "expert_threshold", "expert_predictor", "expert_shared_kv", "token_choice")
 MOD_MODES = ("mod_attention", "mod_block")
 JRT_MODES = ("jrt_prefix", "jrt_causal", "jrt_recurrent")
+JRT_MODES = ("jrt_prefix", "jrt_causal", "jrt_recurrent")
 
 # The multi-process cases take minutes per mode. These modes stand for all: routed cache with routers, layers with a
 # mixed-in class, whose key and value projections are switched off, and recurrent layers.
