@@ -88,15 +88,6 @@ class JRTConfig(CodeKeepingConfig, PreTrainedConfig):
 
     model_type = "jrt"
     keys_to_ignore_at_inference = ["past_key_values", "cache", "prefix_length"]
-    base_model_tp_plan = {
-        **{f"layers.*.linear_attn.{name}_proj": "colwise" for name in ("q", "k", "v", "prefix_k", "prefix_v")},
-        **{f"layers.*.self_attn.{name}_proj": "colwise" for name in ("q", "k", "v")},
-        "layers.*.linear_attn.o_proj": "rowwise",
-        "layers.*.self_attn.o_proj": "rowwise",
-        "layers.*.mlp.gate_proj": "colwise",
-        "layers.*.mlp.up_proj": "colwise",
-        "layers.*.mlp.down_proj": "rowwise",
-    }
 
     vocab_size: int = GPT2_VOCABULARY
     hidden_size: int = 1024
@@ -142,6 +133,18 @@ class JRTConfig(CodeKeepingConfig, PreTrainedConfig):
         super().__post_init__(**kwargs)
         self.validate_layout()
         self.validate_prefix()
+        # transformers does not write this to config.json
+        self.base_model_tp_plan = self._tensor_parallel_plan()
+
+    def _tensor_parallel_plan(self) -> dict[str, str]:
+        """Heads of attention and columns of MLPs are divided; convolutions are whole everywhere."""
+        linear = ["q", "k", "v", *(("prefix_k", "prefix_v") if self.prefix_length else ())]
+        mixers = {"linear_attention": ("linear_attn", linear), "sliding_attention": ("self_attn", ["q", "k", "v"])}
+        plan = {"mlp.gate_proj": "colwise", "mlp.up_proj": "colwise", "mlp.down_proj": "rowwise"}
+        for kind, (module, names) in mixers.items():
+            if kind in self.layer_types:
+                plan |= {f"{module}.{name}_proj": "colwise" for name in names} | {f"{module}.o_proj": "rowwise"}
+        return {f"layers.*.{name}": style for name, style in plan.items()}
 
     @classmethod
     def preset(cls, name: str, **fields: Any) -> "JRTConfig":
@@ -168,20 +171,29 @@ class JRTConfig(CodeKeepingConfig, PreTrainedConfig):
                 f"`layer_types` has {len(self.layer_types or ())} entries, but must have one for each of the "
                 f"{self.num_hidden_layers} layers (`num_hidden_layers`)."
             )
+        least = {
+            "hidden_size": 1,
+            "intermediate_size": 1,
+            "num_attention_heads": 1,
+            "num_key_value_heads": 1,
+            "feature_dim": 1,
+            "sliding_window": 2,
+            "conv_kernel_size": 2,
+            "prefix_length": 0,
+        }
+        for field, minimum in least.items():
+            if getattr(self, field) < minimum:
+                raise ValueError(f"`{field}` is {getattr(self, field)}, but must be at least {minimum}.")
         if self.hidden_size % self.num_attention_heads:
             raise ValueError(
                 f"`hidden_size` is {self.hidden_size}, but must be a multiple of `num_attention_heads`, which is "
                 f"{self.num_attention_heads}."
             )
-        if self.num_key_value_heads < 1 or self.num_attention_heads % self.num_key_value_heads:
+        if self.num_attention_heads % self.num_key_value_heads:
             raise ValueError(
                 f"`num_key_value_heads` is {self.num_key_value_heads}, but must divide `num_attention_heads`, which "
                 f"is {self.num_attention_heads}."
             )
-        least = {"feature_dim": 1, "sliding_window": 2, "conv_kernel_size": 2, "prefix_length": 0}
-        for field, minimum in least.items():
-            if getattr(self, field) < minimum:
-                raise ValueError(f"`{field}` is {getattr(self, field)}, but must be at least {minimum}.")
 
     def validate_prefix(self) -> None:
         """Raises a `ValueError` for a prefix that nobody reads, or token ids outside of the vocabulary."""

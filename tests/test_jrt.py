@@ -389,6 +389,7 @@ def test_iterate_lets_generated_tokens_join_the_prefix():
         ({"hidden_size": 30}, "`hidden_size` is 30, but must be a multiple of `num_attention_heads`"),
         ({"layer_types": ["conv"] * 4}, "`prefix_length` is 6, but no layer is 'linear_attention'"),
         ({"num_key_value_heads": 3}, "`num_key_value_heads` is 3, but must divide `num_attention_heads`"),
+        ({"num_attention_heads": 0}, "`num_attention_heads` is 0, but must be at least 1"),
         ({"prefix_lenght": 3}, "`prefix_lenght` is no field of JRTConfig; did you mean `prefix_length`"),
         ({"prefix_length": -1}, "`prefix_length` is -1, but must be at least 0"),
         ({"short_prompt": "leftpad"}, "did you mean 'left_pad'"),

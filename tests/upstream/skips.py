@@ -58,6 +58,11 @@ EXPECTED_FAILURES: dict[str, Entry] = {
         "attention weights are those of the sliding-window layers, not one for each layer",
         modes=("jrt_prefix", "jrt_causal"),
     ),
+    "test_training_overfit": Entry(
+        "generates from one token, but the tokens of the prefix in training are read, not learned",
+        modes=("jrt_prefix", "jrt_recurrent"),
+        flaky=True,
+    ),
     "test_model_rope_scaling_from_config": Entry("no layer of this mode has positions", modes=("jrt_recurrent",)),
 }
 
