@@ -3,7 +3,7 @@
     python benchmarks/jrt_recall.py --seeds 0 1 2 --write
 
 Both are JRT-RNNs of the same layers: `prefix` reads a prefix; `causal` has `prefix_length=0` (Based, the baseline of
-the paper) and wider MLPs in place of the weights that read one. The two arms of a seed see the same batches in the same
+the paper) and wider MLPs in place of the weights that read one. The arms of a seed see the same batches in the same
 order. They are trained on the cross-entropy of the labels alone, without next-token loss, on inputs of several sizes,
 and measured on new examples of the largest.
 

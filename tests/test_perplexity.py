@@ -234,6 +234,19 @@ def test_perplexity_command(checkpoint, tmp_path, capsys):
     assert "prefix      the first 4 tokens of each window" in capsys.readouterr().out
 
 
+def test_perplexity_command_on_a_jrt_rnn(tmp_path, capsys):
+    folder, text = tmp_path / "tiny-jrt", tmp_path / "text.txt"
+    tiny_jrt(len(WORDS) + 3, prefix_length=64).save_pretrained(folder)
+    make_tokenizer(bos_token="<s>", pad_token="<pad>").save_pretrained(folder)
+    text.write_text("\n\n".join(DOCUMENTS), encoding="utf-8")
+    assert main(["perplexity", str(folder), str(text)]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("varidepth: No `prefix_length`") and said.count("\n") == 1
+    assert main(["perplexity", str(folder), str(text), "--json", "--prefix-length", "30"]) == 0
+    figures = json.loads(capsys.readouterr().out)
+    assert (figures["prefix_length"], figures["tokens"], figures["inference_rule"]) == (30, 4, None)
+
+
 @pytest.mark.parametrize(
     ("spoil", "message"),
     [
