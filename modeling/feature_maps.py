@@ -33,6 +33,14 @@ class FeatureMap:
         query, key = self.expand(query), self.expand(key)
         return query.mT @ key
 
+    def expand_into(self, prepared: torch.Tensor, buffer: torch.Tensor) -> torch.Tensor:
+        """As `expand`, but may write into `buffer`, of the result's shape; outside of graphs."""
+        return self.expand(prepared)
+
+    def kernel_into(self, query: torch.Tensor, key: torch.Tensor, buffer: torch.Tensor) -> torch.Tensor:
+        """As `kernel`, but may write into `buffer`, of the result's shape; outside of graphs."""
+        return self.kernel(query, key)
+
 
 class TaylorMap(FeatureMap):
     """Twice 1 + s + s^2 / 2, s = q . k / sqrt(feature_dim) (paper, section 3.1), in its packed form.
@@ -49,17 +57,16 @@ class TaylorMap(FeatureMap):
         return torch.cat([torch.ones_like(scaled[..., :1]), scaled], dim=-1).mT.contiguous()
 
     def expand(self, prepared: torch.Tensor) -> torch.Tensor:
-        rows = prepared.shape[-2]
-        if in_graph(prepared):
-            return torch.cat([prepared[..., i : i + 1, :] * prepared[..., i:, :] for i in range(rows)], dim=-2)
-        # the same without the copy
-        products = prepared.new_empty(*prepared.shape[:-2], rows * (rows + 1) // 2, prepared.shape[-1])
-        start = 0
+        rows = range(prepared.shape[-2])
+        return torch.cat([prepared[..., i : i + 1, :] * prepared[..., i:, :] for i in rows], dim=-2)
+
+    def expand_into(self, prepared: torch.Tensor, buffer: torch.Tensor) -> torch.Tensor:
+        rows, start = prepared.shape[-2], 0
         for i in range(rows):
             end = start + rows - i
-            torch.mul(prepared[..., i : i + 1, :], prepared[..., i:, :], out=products[..., start:end, :])
+            torch.mul(prepared[..., i : i + 1, :], prepared[..., i:, :], out=buffer[..., start:end, :])
             start = end
-        return products
+        return buffer
 
     def weights(self, feature_dim: int, like: torch.Tensor) -> torch.Tensor:
         rows, columns = torch.triu_indices(feature_dim + 1, feature_dim + 1, device=like.device)
@@ -69,8 +76,10 @@ class TaylorMap(FeatureMap):
         return weights[:, None]
 
     def kernel(self, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
-        shifted = query.mT @ key
-        return shifted.square().add_(1.0) if not in_graph(shifted) else shifted.square() + 1.0
+        return (query.mT @ key).square() + 1.0
+
+    def kernel_into(self, query: torch.Tensor, key: torch.Tensor, buffer: torch.Tensor) -> torch.Tensor:
+        return torch.matmul(query.mT, key, out=buffer).square_().add_(1.0)
 
 
 class EluMap(FeatureMap):

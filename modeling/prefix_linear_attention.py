@@ -69,6 +69,7 @@ def prefix_linear_attention(
         raise ValueError(f"`chunk_size` is {chunk_size}, but must be at least 1.")
     _check_shapes(query, key, value, prefix_key, prefix_value, attention_mask, prefix_mask)
     feature_map = find_feature_map(feature_map)
+    given = query, key, value, prefix_key, prefix_value, state
     product_dtype = _product_dtype(query)
     state_dtype = torch.promote_types(product_dtype, torch.float32)
     problem = _Problem(
@@ -77,6 +78,7 @@ def prefix_linear_attention(
         chunk_size,
         product_dtype,
         keeps_inputs_only=query.shape[2] > BLOCK_TOKENS and not torch.compiler.is_compiling(),
+        buffers=None if in_graph(*(t for t in given if t is not None)) else {},
     )
     if state is None:
         size = feature_map.size(query.shape[-1])
@@ -93,7 +95,7 @@ def prefix_linear_attention(
             if prefix_key is not None:
                 for part in _blocks(prefix_key.shape[2]):
                     state = _call(_read_block, problem, part, prefix_key, prefix_value, prefix_mask, state=state)
-            outputs = None if in_graph(query, key, value, state) else value.new_empty(value.shape)
+            outputs = None if problem.buffers is None else value.new_empty(value.shape)
             kept = []
             for part in _blocks(query.shape[2]):
                 output, state = _call(run, problem, part, query, key, value, attention_mask, state=state)
@@ -114,6 +116,7 @@ class _Problem(NamedTuple):
         chunk_size: tokens.
         dtype: in which products are computed.
         keeps_inputs_only: recompute a block in the backward pass.
+        buffers: work space of one block that the next one writes over; `None` in a graph, where nothing may be.
     """
 
     feature_map: FeatureMap
@@ -121,6 +124,28 @@ class _Problem(NamedTuple):
     chunk_size: int
     dtype: torch.dtype
     keeps_inputs_only: bool
+    buffers: dict[str, torch.Tensor] | None
+
+    def buffer(self, name: str, *shape: int, like: torch.Tensor) -> torch.Tensor | None:
+        """Fresh pages cost as much time as the products: each block is computed in the same memory."""
+        if self.buffers is None:
+            return None
+        if name not in self.buffers or self.buffers[name].shape != shape:
+            self.buffers[name] = like.new_empty(shape, dtype=self.dtype)
+        return self.buffers[name]
+
+    def expand(self, prepared: torch.Tensor, feature_dim: int) -> torch.Tensor:
+        """Features, which the next call of this method may write over."""
+        size = self.feature_map.size(feature_dim)
+        buffer = self.buffer("features", *prepared.shape[:-2], size, prepared.shape[-1], like=prepared)
+        return self.feature_map.expand(prepared) if buffer is None else self.feature_map.expand_into(prepared, buffer)
+
+    def kernel(self, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
+        """Kernels of prepared queries and keys."""
+        buffer = self.buffer("kernel", *query.shape[:-2], query.shape[-1], key.shape[-1], like=query)
+        if buffer is None:
+            return self.feature_map.kernel(query, key)
+        return self.feature_map.kernel_into(query, key, buffer)
 
     def prepare(self, vectors: torch.Tensor) -> torch.Tensor:
         """`(..., tokens, feature_dim)` -> `(..., prepared_dim, tokens)`."""
@@ -133,15 +158,13 @@ class _Problem(NamedTuple):
             value = value * mask.to(self.dtype)[:, None, :, None]
         return value.flatten(0, 1)
 
-    def added(self, state: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
-        """The state with prepared keys added."""
-        return state + self.weighted(self.feature_map.expand(key) @ value)
-
-    def weighted(self, sums: torch.Tensor) -> torch.Tensor:
-        """Sums over keys, of shape `(..., features, value_dim + 1)`, in the type of the state."""
+    def sum_over(self, features: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+        """What keys add to the state: `(..., features, value_dim + 1)`, in the state's type."""
+        buffer = self.buffer("steps", *features.shape[:-1], value.shape[-1], like=value)
+        sums = torch.matmul(features, value, out=buffer)
         if self.weights is None:
             return sums.to(torch.promote_types(sums.dtype, torch.float32))
-        return sums * self.weights
+        return sums * self.weights if buffer is None or sums.dtype != self.weights.dtype else sums.mul_(self.weights)
 
 
 def _reference(
@@ -158,11 +181,11 @@ def _reference(
     phi, ones = problem.feature_map, problem.with_ones(value, mask)
     queries, keys = (problem.prepare(tensor.flatten(0, 1)) for tensor in (query, key))
     sums = phi.kernel(queries, keys).tril() @ ones + phi.expand(queries).mT @ state.to(ones.dtype)
-    state = problem.added(state, keys, ones)
+    state = state + problem.sum_over(phi.expand(keys), ones)
     if prefix_key is not None:
         ones, keys = problem.with_ones(prefix_value, prefix_mask), problem.prepare(prefix_key.flatten(0, 1))
         sums = sums + phi.kernel(queries, keys) @ ones
-        state = problem.added(state, keys, ones)
+        state = state + problem.sum_over(phi.expand(keys), ones)
     return _normalised(sums, value), state
 
 
@@ -192,7 +215,8 @@ def _read_block(
     problem: _Problem, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None, state: torch.Tensor
 ) -> torch.Tensor:
     """The state with a block of the prefix added."""
-    return problem.added(state, problem.prepare(key.flatten(0, 1)), problem.with_ones(value, mask))
+    features = problem.expand(problem.prepare(key.flatten(0, 1)), key.shape[-1])
+    return state + problem.sum_over(features, problem.with_ones(value, mask))
 
 
 def _attend_block(
@@ -204,22 +228,24 @@ def _attend_block(
     state: torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Tokens of a block: to each other within chunks, and through the state to all before their chunk."""
-    phi, tokens = problem.feature_map, query.shape[2]
+    tokens, feature_dim = query.shape[2:]
     size = min(problem.chunk_size, tokens)
     rows = (query.flatten(0, 1), key.flatten(0, 1), problem.with_ones(value, mask))
     queries, keys, ones = (F.pad(row, (0, 0, 0, -tokens % size)).unflatten(1, (-1, size)) for row in rows)
     queries, keys = problem.prepare(queries), problem.prepare(keys)
-    within = phi.kernel(queries, keys)
-    within = within.tril() if in_graph(within) else within.tril_()
-    before, state = _states_before(state, problem.weighted(phi.expand(keys) @ ones))
-    queried = phi.expand(queries).flatten(0, 1).mT
-    sums = torch.baddbmm((within @ ones).flatten(0, 1), queried, before.to(queried.dtype).flatten(0, 1))
+    within = problem.kernel(queries, keys)
+    within = within.tril() if problem.buffers is None else within.tril_()
+    sums = torch.matmul(within, ones, out=problem.buffer("sums", *ones.shape, like=ones)).flatten(0, 1)
+    before, state = _states_before(problem, state, problem.sum_over(problem.expand(keys, feature_dim), ones))
+    queried = problem.expand(queries, feature_dim).flatten(0, 1).mT
+    before = before.to(queried.dtype).flatten(0, 1)
+    sums = torch.baddbmm(sums, queried, before, out=None if problem.buffers is None else sums)
     return _normalised(sums.reshape(queries.shape[0], -1, sums.shape[-1])[:, :tokens], value), state
 
 
-def _states_before(state: torch.Tensor, steps: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def _states_before(problem: _Problem, state: torch.Tensor, steps: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """The state before each chunk, of shape `(rows, chunks, features, value_dim + 1)`, and after the last one."""
-    if in_graph(state, steps):
+    if problem.buffers is None:
         states = [state]
         for step in steps.unbind(1):
             states.append(states[-1] + step)
@@ -241,7 +267,7 @@ def _call(function: Any, problem: _Problem, part: slice, *tensors: torch.Tensor 
     """Calls `function` on a block of tokens; the last of `tensors` is a mask."""
     *vectors, mask = tensors
     inputs = [t[:, :, part] for t in vectors] + [None if mask is None else mask[:, part], state]
-    if problem.keeps_inputs_only and in_graph(*vectors, state):
+    if problem.keeps_inputs_only and problem.buffers is None:
         return checkpoint(function, problem, *inputs, use_reentrant=False, preserve_rng_state=False)
     return function(problem, *inputs)
 
