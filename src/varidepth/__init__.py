@@ -1,4 +1,4 @@
-"""varidepth: variable-depth language models for Hugging Face Transformers.
+"""varidepth: language models whose depth and memory vary per token, for Hugging Face Transformers.
 
 Importing the package registers its architectures with AutoConfig and AutoModel.
 """
