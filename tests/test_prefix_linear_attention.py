@@ -209,8 +209,9 @@ def test_lower_precision(dtype, tolerance, native, monkeypatch):
     assert relative_error(output.double(), expected) <= tolerance
 
 
-def test_autocast_does_not_round_the_state():
-    tensors = problem(200, 100, torch.float32)
+@pytest.mark.parametrize("in_graph", [False, True], ids=["inference", "training"])
+def test_autocast_does_not_round_the_state(in_graph):
+    tensors = [tensor.requires_grad_(in_graph) for tensor in problem(200, 100, torch.float32)]
     expected = prefix_linear_attention(*tensors)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         given = prefix_linear_attention(*tensors)
