@@ -5,7 +5,15 @@ import functools
 import pytest
 import torch
 from tiny_jrt import MASK, PREFIX, VOCABULARY, tiny_jrt, tokens
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, DynamicCache, StaticCache
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    DynamicCache,
+    MistralConfig,
+    MistralForCausalLM,
+    StaticCache,
+)
 
 from varidepth import JRTConfig, JRTForCausalLM, JRTForSequenceClassification, JRTModel, PrefixLinearAttention
 from varidepth.modeling import window_blocks
@@ -174,6 +182,17 @@ def test_generate_keeps_the_prefix_of_the_prompt(prefix, prompt_length):
         assert run(prompt, **way).tolist() == by_hand.tolist(), way
 
 
+def test_an_assistant_does_not_see_the_prefix_of_its_model():
+    config = MistralConfig(
+        vocab_size=VOCABULARY, hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=4,
+        num_key_value_heads=4,
+    )  # fmt: skip
+    model, prompt = tiny_jrt(), tokens(1, 9)
+    run = functools.partial(model.generate, prompt, max_new_tokens=8, do_sample=False, eos_token_id=None)
+    for prefix in ({"prefix_length": 3}, {"encoder_mask": torch.tensor([[0, 1, 1, 0, 1]])}):
+        assert run(**prefix, assistant_model=MistralForCausalLM(config)).tolist() == run(**prefix).tolist()
+
+
 def test_rows_generate_as_they_do_alone():
     model, rows = tiny_jrt(), [tokens(1, 11, seed=1), tokens(1, 4, seed=2), tokens(1, 7, seed=3)]
     run = functools.partial(model.generate, max_new_tokens=8, do_sample=False, eos_token_id=None)
@@ -239,6 +258,30 @@ def test_a_cache_can_be_reordered_repeated_and_selected():
     cache.reset()
     assert cache.get_seq_length() == 0
     assert torch.equal(model(ids, cache=cache).logits, model(ids).logits)
+
+
+def test_a_recorded_cache_can_be_reordered_and_then_cropped():
+    model, ids = tiny_jrt(layer_types=["linear_attention"] * 2, num_hidden_layers=2), tokens(3, 11)
+    cache, lengths, rows = DynamicCache(config=model.config), torch.tensor([4, 6, 2]), torch.tensor([2, 0, 0])
+    cache.activate_past_recording()
+    model(ids[:, :6], cache=cache, prefix_length=lengths)
+    cache.crop(0)
+    model(ids[:, 6:10], cache=cache)
+    cache.reorder_cache(rows)
+    cache.crop(-2)
+    output = model(ids[rows, 8:], cache=cache)
+    assert output.prefix_length.tolist() == lengths[rows].tolist()
+    whole = model(ids[rows], prefix_length=lengths[rows]).logits
+    assert relative_error(output.logits, whole[:, 8:]) <= TOLERANCE
+
+
+def test_labels_behind_a_cache_are_all_read():
+    model, ids = tiny_jrt(), tokens(2, 13)
+    labels = ids.clone()
+    labels[:, :9] = -100
+    whole = model(ids, labels=labels).loss
+    cache = model(ids[:, :8], use_cache=True).cache
+    assert model(ids[:, 8:], labels=labels[:, 8:], cache=cache).loss.item() == pytest.approx(whole.item(), rel=1e-5)
 
 
 def test_a_prefix_cannot_be_undone():
