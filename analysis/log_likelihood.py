@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from .unseen_targets import evaluating, reads_prefix, row_logits
+from .unseen_targets import evaluating, longest_prefix, row_logits
 
 
 @dataclass(frozen=True)
@@ -59,8 +59,7 @@ def log_likelihoods(
         for start in range(0, len(order), batch_size):
             batch = order[start : start + batch_size]
             rows, firsts = zip(*(encoded[number] for number in batch), strict=True)
-            longest_prefix = getattr(model.config, "prefix_length", 0)
-            logits = row_logits(model, rows, [min(longest_prefix, first) for first in firsts])
+            logits = row_logits(model, rows, [min(longest_prefix(model), first) for first in firsts])
             for number, row, first, one in zip(batch, rows, firsts, logits, strict=True):
                 scores[number] = _score(one[first - 1 : -1].float(), row[first:])
     return [scores[number] for number in range(len(encoded))]
@@ -77,7 +76,7 @@ def _encode(model: Any, tokenizer: Any, context: str, continuation: str) -> tupl
         context, continuation = context[:-blanks], context[-blanks:] + continuation
     before, whole = tokens(context), tokens(context + continuation)
     if not before:
-        if reads_prefix(model):
+        if longest_prefix(model):
             raise ValueError(
                 f"The context of {continuation!r} is empty, but the model reads a prefix and predicts only behind it; "
                 "give a context of at least one token."

@@ -12,9 +12,9 @@ from typing import Any
 import torch
 
 
-def reads_prefix(model: Any) -> bool:
-    """Whether the model reads the first tokens of a row non-causally."""
-    return getattr(model.config, "prefix_length", 0) > 0
+def longest_prefix(model: Any) -> int:
+    """Tokens at the start of a row that the model reads non-causally unless told otherwise; 0 for a causal model."""
+    return getattr(model.config, "prefix_length", None) or 0
 
 
 def first_scored(model: Any, prefix_length: int | None) -> int:
@@ -29,9 +29,9 @@ def first_scored(model: Any, prefix_length: int | None) -> int:
         ValueError: no prefix length for a model that reads a prefix, or one below 0.
     """
     if prefix_length is None:
-        if reads_prefix(model):
+        if longest_prefix(model):
             raise ValueError(
-                f"No `prefix_length` was given for a model that reads a prefix of up to {model.config.prefix_length} "
+                f"No `prefix_length` was given for a model that reads a prefix of up to {longest_prefix(model)} "
                 "tokens non-causally, where its loss has seen the targets; give the `prefix_length` that is read and "
                 "not scored, less than the tokens of a window."
             )
@@ -79,7 +79,7 @@ def row_logits(
     """
     ids, mask = pad_rows(rows, model.device)
     options: dict[str, Any] = {} if bool(mask.all()) else {"attention_mask": mask}
-    if prefix_length is not None and reads_prefix(model):
+    if prefix_length is not None and longest_prefix(model):
         same = isinstance(prefix_length, int)
         options["prefix_length"] = prefix_length if same else torch.tensor(prefix_length, device=model.device)
     logits = model(input_ids=ids, use_cache=False, **options).logits
