@@ -24,6 +24,26 @@ class GenerationGuard:
             "which is wrong for shared, routed and recurrent layers; use `generate` on a padded batch."
         )
 
+    def _assisted_decoding(self, input_ids: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        """Behind a cache that has seen a part of the tokens, transformers' own would read all of them again."""
+        cache, mask, prepare = kwargs.get(CACHE), kwargs.get("attention_mask"), self.prepare_inputs_for_generation
+        config = kwargs.get("generation_config")
+        columns = getattr(config, "_mask_length", -1) if mask is None else mask.shape[1]
+        seen = 0 if cache is None or columns != input_ids.shape[1] else cache.get_seq_length()
+        if not seen:
+            return super()._assisted_decoding(input_ids, *args, **kwargs)
+
+        def prepare_unseen(candidates: torch.Tensor, next_sequence_length: int | None = None, **inputs: Any) -> Any:
+            if next_sequence_length is None and inputs.get(CACHE) is cache:
+                next_sequence_length = candidates.shape[1] - seen
+            return prepare(candidates, next_sequence_length=next_sequence_length, **inputs)
+
+        self.__dict__["prepare_inputs_for_generation"] = prepare_unseen
+        try:
+            return super()._assisted_decoding(input_ids, *args, **kwargs)
+        finally:
+            del self.__dict__["prepare_inputs_for_generation"]
+
     @staticmethod
     def create_masks_for_generate(attention_mask: torch.Tensor | None = None, **kwargs: Any) -> torch.Tensor | None:
         """Leaves the 2D mask as it is: our layers need it to tell pads."""

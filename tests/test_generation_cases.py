@@ -200,6 +200,19 @@ def test_prompt_lookup(case: str) -> None:
 
 
 @each_cached_case
+@pytest.mark.parametrize("way", ["assistant", "lookup"])
+def test_guesses_in_a_second_turn(case: str, way: str) -> None:
+    """Only what the cache has not seen is read."""
+    model, ids = build(case), prompts()[1].repeat(1, 3)
+    first = generate(model, ids)
+    longer = torch.cat([first.sequences, ids[:, :3]], dim=1)
+    row, _ = slow_greedy(model, longer, STEPS, ids.shape[1])
+    guess = {"assistant_model": vanilla()} if way == "assistant" else {"prompt_lookup_num_tokens": 3}
+    assert generate(model, longer, cache=first[CACHE], **guess).sequences.tolist() == row.tolist()
+    assert "prepare_inputs_for_generation" not in vars(model)
+
+
+@each_cached_case
 def test_continue_from_a_cache(case: str) -> None:
     """Two further turns on the cache of the first, for a left-padded batch."""
     model = build(case)
