@@ -95,7 +95,7 @@ def prefix_linear_attention(
             if prefix_key is not None:
                 for part in _blocks(prefix_key.shape[2]):
                     state = _call(_read_block, problem, part, prefix_key, prefix_value, prefix_mask, state=state)
-            outputs = None if problem.buffers is None else value.new_empty(value.shape)
+            outputs = None if problem.buffers is None and query.shape[2] else value.new_empty(value.shape)
             kept = []
             for part in _blocks(query.shape[2]):
                 output, state = _call(run, problem, part, query, key, value, attention_mask, state=state)
@@ -240,7 +240,7 @@ def _attend_block(
     queried = problem.expand(queries, feature_dim).flatten(0, 1).mT
     before = before.to(queried.dtype).flatten(0, 1)
     sums = torch.baddbmm(sums, queried, before, out=None if problem.buffers is None else sums)
-    return _normalised(sums.reshape(queries.shape[0], -1, sums.shape[-1])[:, :tokens], value), state
+    return _normalised(sums.unflatten(0, queries.shape[:2]).flatten(1, 2)[:, :tokens], value), state
 
 
 def _states_before(problem: _Problem, state: torch.Tensor, steps: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -157,6 +157,7 @@ def test_continuing_from_a_state(implementation):
     first, middle = prefix_linear_attention(
         *(tensor[:, :, :23] for tensor in (query, key, value)), *prefix, attention_mask=mask[:, :23]
     )
+    kept = middle.clone()
     rest, last = prefix_linear_attention(
         *(tensor[:, :, 23:] for tensor in (query, key, value)),
         state=middle,
@@ -165,6 +166,19 @@ def test_continuing_from_a_state(implementation):
     )
     assert relative_error(torch.cat([first, rest], dim=2), whole) <= 1e-12
     assert relative_error(last, state) <= 1e-12
+    assert torch.equal(middle, kept)
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_no_rows_and_no_tokens(training):
+    tensors = [tensor.requires_grad_(training) for tensor in problem(9, 4)]
+    output, state = prefix_linear_attention(*(tensor[:0] for tensor in tensors))
+    assert output.shape == (0, HEADS, 9, VALUES) and state.shape == (0, HEADS, 15, VALUES + 1)
+    output, state = prefix_linear_attention(*(tensor[:, :, :0] for tensor in tensors[:3]), *tensors[3:])
+    assert output.shape == (BATCH, HEADS, 0, VALUES)
+    assert (
+        relative_error(state.detach(), prefix_linear_attention(*(tensors[i] for i in (3, 3, 4)))[1].detach()) <= 1e-12
+    )
 
 
 def test_what_a_token_sees():
