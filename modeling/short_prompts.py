@@ -61,8 +61,11 @@ def pad_short_prompts(
             f"one prefix of {wanted}; give rows of one length, or set `short_prompt` to 'exact'."
         )
     in_prompt = prefix.mask[:, :columns]
-    if attention_mask is not None and not bool(in_prompt[:, -1].all() and (in_prompt.int().diff(dim=1) >= 0).all()):
-        raise ValueError(f"`short_prompt` is {kind!r}, which pads on the left, but the batch is padded otherwise.")
+    if not bool(in_prompt[:, -1].all() and (in_prompt.int().diff(dim=1) >= 0).all()):
+        raise ValueError(
+            f"`short_prompt` is {kind!r}, which pads on the left, but the batch is padded otherwise, or its prefixes "
+            "have holes or end in different columns; set it to 'exact'."
+        )
     # where each padded column comes from, counted from the first column given; below zero for pads
     ends = torch.arange(width, device=inputs_embeds.device) - width
     counts = prefix.lengths[:, None]

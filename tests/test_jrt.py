@@ -275,6 +275,26 @@ def test_a_recorded_cache_can_be_reordered_and_then_cropped():
     assert relative_error(output.logits, whole[:, 8:]) <= TOLERANCE
 
 
+def test_a_cropped_call_is_undone_where_gradients_are_kept():
+    model, ids = tiny_jrt(layer_types=["linear_attention"] * 2, num_hidden_layers=2), tokens(1, 9)
+    cache = DynamicCache(config=model.config)
+    cache.activate_past_recording()
+    with torch.enable_grad():
+        model(ids[:, :6], cache=cache)
+        model(ids[:, 6:], cache=cache)
+        cache.crop(-3)
+        logits = model(ids[:, 6:], cache=cache).logits
+    assert relative_error(logits.detach(), model(ids).logits[:, 6:]) <= TOLERANCE
+
+
+def test_a_reset_cache_forgets_the_prefix_of_its_prompt():
+    model, prompt = tiny_jrt(layer_types=["linear_attention"] * 2, num_hidden_layers=2), tokens(1, 9)
+    options = {"max_new_tokens": 3, "do_sample": False, "return_dict_in_generate": True}
+    cache = model.generate(prompt, prompt_lookup_num_tokens=2, prefix_length=2, **options).cache
+    cache.reset()
+    assert torch.equal(model(prompt, cache=cache).logits, model(prompt).logits)
+
+
 def test_labels_behind_a_cache_are_all_read():
     model, ids = tiny_jrt(), tokens(2, 13)
     labels = ids.clone()
@@ -494,6 +514,9 @@ def test_a_causal_model_refuses_a_prefix():
             {"input_ids": tokens(2, 6), "attention_mask": torch.tensor([[1] * 6, [1] * 4 + [0] * 2])},
             "pads on the left, but the batch is padded otherwise",
         ),
+        ({"input_ids": tokens(2, 6), "prefix_length": torch.tensor([5, 3])}, "its prefixes have holes or end in diff"),
+        ({"input_ids": tokens(1, 6), "encoder_mask": torch.tensor([[1, 0, 1]])}, "its prefixes have holes or end in"),
+        ({"input_ids": tokens(2, 6), "prefix_length": torch.tensor([5, 0])}, "its prefixes have holes or end in diff"),
     ],
 )
 def test_batches_that_the_official_code_cannot_express_are_refused(batch, message):
