@@ -108,6 +108,20 @@ def test_gradients_are_those_of_the_formula(feature_map, tokens, prefix, monkeyp
             assert relative_error(given, expected) <= 1e-10
 
 
+@pytest.mark.parametrize("place", range(6))
+def test_one_input_alone_may_need_a_gradient(place):
+    """As with an adapter on one projection of the first layer."""
+    tensors, mask = problem(100, 70), masks(100, 70)
+    tensors.append(prefix_linear_attention(*problem(5, 0, seed=2))[1])
+
+    def gradient(needing: list[int]) -> torch.Tensor:
+        given = [tensor.clone().requires_grad_(i in needing) for i, tensor in enumerate(tensors)]
+        output = prefix_linear_attention(*given[:5], state=given[5], chunk_size=8, **mask)[0]
+        return torch.autograd.grad(output.square().sum(), given[place])[0]
+
+    assert relative_error(gradient([place]), gradient([*range(6)])) <= 1e-12
+
+
 def test_gradients_by_finite_differences():
     tensors = [tensor[:1, :1].clone().requires_grad_() for tensor in problem(5, 3)]
     assert gradcheck(lambda *given: prefix_linear_attention(*given, chunk_size=2), tensors)
