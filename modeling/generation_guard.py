@@ -1,4 +1,4 @@
-"""What `generate` cannot do exactly with a routed model, refused before the first step."""
+"""`generate` of every architecture: exact, or refused before the first step."""
 
 import functools
 from typing import Any
