@@ -208,7 +208,8 @@ class JRTModel(JRTPreTrainedModel):
         tokens = inputs_embeds.shape[1]
         if config.pads_officially:
             if prefix is not None:
-                pad = self.embed_tokens.weight[config.short_prompt_token_id]
+                # not a row of the weight, which may be offloaded or sharded
+                pad = self.embed_tokens(torch.tensor([config.short_prompt_token_id], device=inputs_embeds.device))[0]
                 inputs_embeds, padding, prefix = pad_short_prompts(config, inputs_embeds, padding, prefix, pad)
             attention_mask = position_ids = None
         if position_ids is None:
