@@ -29,7 +29,7 @@ from transformers.utils.output_capturing import capture_outputs
 from ..configuration.configuration_jrt import JRTConfig
 from .cache_naming import CACHE, NamedCache, cache_argument
 from .classification_head import ClassificationHead
-from .prefix_cache import adopt_state_layers, seen_columns, state_layers
+from .prefix_cache import adopt_state_layers, known_lengths, seen_columns, state_layers
 from .prefix_generation import PrefixGeneration
 from .prefix_loss import prefix_lm_loss
 from .prefix_mixers import GatedShortConvolution, PrefixLinearAttention
@@ -189,6 +189,11 @@ class JRTModel(JRTPreTrainedModel):
         if inputs_embeds is None:
             inputs_embeds = self.embed_tokens(input_ids)
         if self.training and self.gradient_checkpointing:
+            if seen_columns(cache):
+                raise ValueError(
+                    "the cache has seen tokens, which gradient checkpointing would forget, as it reads them without a "
+                    "cache; train without one, or call `model.eval()` to generate."
+                )
             cache = None
         elif use_cache and cache is None:
             cache = DynamicCache(config=config)
@@ -198,7 +203,7 @@ class JRTModel(JRTPreTrainedModel):
         # the cache of a padded prompt has seen more columns than the mask has
         padding = None if seen and config.pads_officially else _padding_of(attention_mask, inputs_embeds, seen)
         if seen:
-            prefix, lengths = None, _known_lengths(cache, prefix_length, encoder_mask)
+            prefix, lengths = None, known_lengths(cache, prefix_length, encoder_mask)
         else:
             _check_documents(position_ids, attention_mask)
             prefix = self._find_prefix(inputs_embeds, padding, cache, prefix_length, encoder_mask)
@@ -278,24 +283,6 @@ def _check_documents(position_ids: torch.Tensor | None, attention_mask: torch.Te
         )
 
 
-def _known_lengths(
-    cache: Cache | None, prefix_length: int | torch.Tensor | None, encoder_mask: torch.Tensor | None
-) -> torch.Tensor | None:
-    """Lengths of the prefix that a cache has read; another one is refused."""
-    if encoder_mask is not None:
-        raise ValueError("`encoder_mask` was given with a cache that has read its prefix; leave it out.")
-    layers = state_layers(cache)
-    known = layers[0].prefix_lengths if layers else None
-    if prefix_length is None or known is None or torch.compiler.is_compiling():
-        return known
-    if not bool((torch.as_tensor(prefix_length, device=known.device) == known).all()):
-        raise ValueError(
-            f"`prefix_length` is {torch.as_tensor(prefix_length).tolist()}, but the cache has read a prefix of "
-            f"{known.tolist()} tokens; leave it out."
-        )
-    return known
-
-
 class JRTForCausalLM(PrefixGeneration, JRTPreTrainedModel, GenerationMixin):
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
     _tp_plan = {"lm_head": "colwise_gather_output"}
@@ -321,7 +308,7 @@ class JRTForCausalLM(PrefixGeneration, JRTPreTrainedModel, GenerationMixin):
         use_cache: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
         prefix_length: int | torch.LongTensor | None = None,
-        encoder_mask: torch.Tensor | None = None,
+        encoder_mask: torch.Tensor | Prefix | None = None,
         num_items_in_batch: int | torch.Tensor | None = None,
         **kwargs: Any,
     ) -> JRTCausalLMOutputWithPast:
@@ -340,6 +327,7 @@ class JRTForCausalLM(PrefixGeneration, JRTPreTrainedModel, GenerationMixin):
         if labels is not None and not seen_columns(cache):
             tokens, default = input_ids if inputs_embeds is None else inputs_embeds, self.config.prefix_length
             prefix = find_prefix(tokens, attention_mask, prefix_length, encoder_mask, default=default)
+            prefix_length, encoder_mask = (0, None) if prefix is None else (None, prefix)
         outputs = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,

@@ -44,6 +44,8 @@ class Tokens(NamedTuple):
         return state
 
     def map(self, function: Callable[[torch.Tensor], torch.Tensor]) -> "Tokens":
+        """All tensors through a function of their batch dimension or device."""
+
         def of(tensor: torch.Tensor | None) -> Any:
             return None if tensor is None else function(tensor)
 
@@ -191,7 +193,31 @@ def adopt_state_layers(cache: Cache | None, config: PreTrainedConfig) -> Cache |
     return cache
 
 
+def known_lengths(
+    cache: Cache | None, prefix_length: int | torch.Tensor | None, encoder_mask: torch.Tensor | None
+) -> torch.Tensor | None:
+    """Lengths of the prefix that a cache has read, of shape `(batch,)`.
+
+    Raises:
+        ValueError: for another prefix.
+    """
+    if encoder_mask is not None:
+        raise ValueError("`encoder_mask` was given with a cache that has read its prefix; leave it out.")
+    layers = state_layers(cache)
+    known = layers[0].prefix_lengths if layers else None
+    if prefix_length is None or known is None or torch.compiler.is_compiling():
+        return known
+    given = torch.as_tensor(prefix_length, device=known.device)
+    if given.ndim and given.shape != known.shape or not bool((given == known).all()):
+        raise ValueError(
+            f"`prefix_length` is {given.tolist()}, but the cache has read a prefix of {known.tolist()} tokens; leave "
+            "it out."
+        )
+    return known
+
+
 def state_layers(cache: Cache | None) -> list[PrefixStateLayer]:
+    """The layers of linear attention."""
     return [layer for layer in (() if cache is None else cache.layers) if isinstance(layer, PrefixStateLayer)]
 
 
@@ -199,5 +225,4 @@ def seen_columns(cache: Cache | None) -> int:
     """Columns that a cache has seen, pads included."""
     if cache is None:
         return 0
-    # the largest number: short prompts may be padded behind the back of whoever counts tokens
     return max([0] + [layer.get_seq_length() for layer in cache.layers if isinstance(layer, CacheLayerMixin)])

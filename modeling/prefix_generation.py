@@ -9,7 +9,7 @@ from transformers.generation import GenerationMixin
 
 from .cache_naming import CACHE
 from .generation_guard import GenerationGuard
-from .prefix_cache import seen_columns, state_layers
+from .prefix_cache import known_lengths, seen_columns, state_layers
 from .prefix_tokens import Prefix, find_prefix
 
 
@@ -40,6 +40,8 @@ class PrefixGeneration(GenerationGuard):
     ) -> Any:
         """A prefix is read as a whole: the first chunk of a chunked prefill holds all of it."""
         seen = seen_columns(model_kwargs.get(CACHE))
+        if seen:
+            known_lengths(model_kwargs[CACHE], model_kwargs.get("prefix_length"), model_kwargs.get("encoder_mask"))
         if seen and self.config.pads_officially:
             raise ValueError(
                 f"`short_prompt` is {self.config.short_prompt!r}, whose cache holds pads that the input does not, so "

@@ -67,8 +67,8 @@ def prefix_linear_attention(
     check_choice("implementation", implementation, IMPLEMENTATIONS)
     if chunk_size < 1:
         raise ValueError(f"`chunk_size` is {chunk_size}, but must be at least 1.")
-    _check_shapes(query, key, value, prefix_key, prefix_value, attention_mask, prefix_mask)
     feature_map = find_feature_map(feature_map)
+    _check_shapes(query, key, value, prefix_key, prefix_value, attention_mask, prefix_mask, state, feature_map)
     given = query, key, value, prefix_key, prefix_value, state
     product_dtype = _product_dtype(query)
     state_dtype = torch.promote_types(product_dtype, torch.float32)
@@ -293,6 +293,8 @@ def _check_shapes(
     prefix_value: torch.Tensor | None,
     attention_mask: torch.Tensor | None,
     prefix_mask: torch.Tensor | None,
+    state: torch.Tensor | None,
+    feature_map: FeatureMap,
 ) -> None:
     if query.ndim != 4:
         raise ValueError(f"`query` has shape {tuple(query.shape)}, but must be (batch, heads, tokens, feature_dim).")
@@ -310,6 +312,7 @@ def _check_shapes(
         ("prefix_value", prefix_value, (batch, heads, prefix_tokens, value_dim)),
         ("attention_mask", attention_mask, (batch, tokens)),
         ("prefix_mask", prefix_mask, (batch, prefix_tokens)),
+        ("state", state, (batch, heads, feature_map.size(feature_dim), value_dim + 1)),
     ):
         if tensor is not None and tuple(tensor.shape) != shape:
             raise ValueError(f"`{name}` has shape {tuple(tensor.shape)}, but must be {shape} to fit the query.")

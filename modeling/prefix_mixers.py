@@ -84,6 +84,8 @@ class PrefixLinearAttention(nn.Module):
         Raises:
             ValueError: for a prefix in a layer without one, and for shapes that do not fit.
         """
+        if state is not None and cache is not None:
+            raise ValueError("`state` and `cache` both hold what was read before; give one of them.")
         visible = None if pads_leak else attention_mask
         prefix = find_prefix(hidden_states, visible, prefix_length, encoder_mask)
         if prefix is not None and not self.reads_prefix:

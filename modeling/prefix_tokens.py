@@ -84,6 +84,8 @@ def _given_mask(
 
 def _given_length(prefix_length: int | torch.Tensor, valid: torch.Tensor) -> int | torch.Tensor:
     batch = valid.shape[0]
+    if isinstance(prefix_length, list | tuple):
+        prefix_length = torch.tensor(prefix_length)
     if isinstance(prefix_length, torch.Tensor) and prefix_length.ndim:
         if tuple(prefix_length.shape) != (batch,):
             raise ValueError(

@@ -69,7 +69,7 @@ def pad_short_prompts(
     # where each padded column comes from, counted from the first column given; below zero for pads
     ends = torch.arange(width, device=inputs_embeds.device) - width
     counts = prefix.lengths[:, None]
-    source = torch.where(ends < -copies * counts, -1, columns + ends % -counts - (ends % -counts == 0) * counts)
+    source = torch.where(ends < -copies * counts, -1, columns - 1 - (-1 - ends) % counts)
     kept = source >= 0
     index = source.clamp(min=0)[..., None].expand(-1, -1, inputs_embeds.shape[-1])
     prompt = torch.where(kept[..., None], inputs_embeds.gather(1, index), pad_embedding.to(inputs_embeds.dtype))

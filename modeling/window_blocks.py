@@ -44,6 +44,7 @@ def make_window(
     cache: Cache | None,
     seen: int,
 ) -> Window:
+    """The window of one forward pass over `inputs_embeds`, of shape `(batch, tokens, hidden_size)`."""
     # only sdpa needs a mask that grows with the square; flash and flex attention know windows
     in_blocks = config._attn_implementation == "sdpa" and inputs_embeds.shape[1] > BLOCK_TOKENS
     in_blocks = in_blocks and not torch.compiler.is_compiling()

@@ -500,6 +500,34 @@ def test_bad_calls_get_a_sentence(arguments, message):
         tiny_jrt()(tokens(2, 9), **arguments)
 
 
+def test_another_prefix_than_that_of_the_cache_is_refused_by_generate():
+    model, ids = tiny_jrt(), tokens(1, 12)
+    cache = model(ids[:, :8], use_cache=True, prefix_length=4).cache
+    with pytest.raises(ValueError, match=r"the cache has read a prefix of \[4\] tokens"):
+        model.generate(ids, cache=cache, prefix_length=6, max_new_tokens=2)
+    with pytest.raises(ValueError, match=r"`prefix_length` is \[4, 4\], but the cache"):
+        model(ids[:, 8:], cache=cache, prefix_length=torch.tensor([4, 4]))
+
+
+def test_checkpointing_refuses_a_cache_it_would_forget():
+    model, ids = tiny_jrt(), tokens(1, 12)
+    cache = model(ids[:, :8], use_cache=True).cache
+    model.train().gradient_checkpointing_enable()
+    with torch.enable_grad(), pytest.raises(ValueError, match="which gradient checkpointing would forget"):
+        model(ids[:, 8:], cache=cache)
+
+
+def test_a_layer_reads_a_state_or_a_cache():
+    layer = tiny_jrt().model.layers[0].linear_attn
+    with pytest.raises(ValueError, match="`state` and `cache` both hold what was read before"):
+        layer(torch.ones(1, 2, 32), state=torch.ones(1, 4, 15, 9), cache=DynamicCache())
+
+
+def test_lengths_may_be_a_list():
+    model, ids = tiny_jrt(), tokens(2, 9)
+    assert torch.equal(model(ids, prefix_length=[3, 5]).logits, model(ids, prefix_length=torch.tensor([3, 5])).logits)
+
+
 def test_a_causal_model_refuses_a_prefix():
     with pytest.raises(ValueError, match="`config.prefix_length` is 0: the model is causal"):
         tiny_jrt(prefix_length=0)(tokens(1, 9), prefix_length=3)

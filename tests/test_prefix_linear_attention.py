@@ -310,6 +310,7 @@ def test_the_layer_in_a_model_of_ones_own():
         ({"prefix_key": None}, "only one of `prefix_key` and `prefix_value`"),
         ({"prefix_key": None, "prefix_value": None, "prefix_mask": torch.ones(2, 4)}, "`prefix_mask` was given"),
         ({"key": torch.ones(2, 3, 6, 4)}, "`key` has shape"),
+        ({"state": torch.ones(2, 3, 4, 6)}, r"`state` has shape \(2, 3, 4, 6\), but must be \(2, 3, 15, 6\)"),
         ({"query": torch.ones(2, 7, 4)}, "`query` has shape"),
     ],
 )
