@@ -8,7 +8,6 @@ model.generate(**encode_prompts(tokenizer, prompts), max_new_tokens=48)
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from string import Formatter
 from typing import Any
@@ -181,18 +180,3 @@ def encode_prompts(
 def first_line(text: str) -> str:
     """The generated text up to the first newline, where the paper stops."""
     return text.partition("\n")[0]
-
-
-def contains_answer(prediction: str, answers: Sequence[str]) -> bool:
-    """The paper's accuracy of one prediction: whether one of the gold answers occurs in it, whatever the case.
-
-    Args:
-        prediction: generated text; the paper scores its first line.
-        answers: gold answers, taken as they are.
-
-    Raises:
-        ValueError: no answer, or an empty one, which every text contains.
-    """
-    if isinstance(answers, str) or not answers or not all(answers):
-        raise ValueError(f"The gold answers are {answers!r}, but must be a list of strings, none empty; give one.")
-    return any(re.search(re.escape(answer), prediction, re.IGNORECASE) for answer in answers)

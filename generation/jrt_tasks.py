@@ -136,7 +136,7 @@ def task_prompt(task: str, row: Row, *, repeats: int = 2) -> str:
 
 
 def task_answers(task: str, row: Row) -> list[str]:
-    """The gold answers of a row, for `contains_answer`.
+    """The gold answers of a row, for `analysis.contains`.
 
     Raises:
         ValueError: an unknown task, or a row without the column.

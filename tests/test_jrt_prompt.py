@@ -7,9 +7,9 @@ import torch
 from real_text import VOCABULARY, source_config, text_tokenizer
 from transformers import LlamaForCausalLM, MambaConfig, MambaForCausalLM
 
+from varidepth.analysis.contains import contains
 from varidepth.generation.jrt_pipeline import JRTPromptPipeline
 from varidepth.generation.jrt_prompt import (
-    contains_answer,
     conversation,
     encode_prompts,
     first_line,
@@ -327,13 +327,13 @@ def test_rows_are_cut_around_what_their_task_looks_for():
     ],
 )
 def test_contains(prediction, answers, expected):
-    assert contains_answer(prediction, answers) is expected
+    assert contains(prediction, answers) is expected
 
 
-@pytest.mark.parametrize("answers", [[], "London", ["London", ""]])
+@pytest.mark.parametrize("answers", [[], "", ["London", ""]])
 def test_answers_that_say_nothing_are_refused(answers):
-    with pytest.raises(ValueError, match="must be a list of strings, none empty"):
-        contains_answer("London", answers)
+    with pytest.raises(ValueError, match="must be non-empty strings, at least one"):
+        contains("London", answers)
 
 
 def test_the_first_line_counts():

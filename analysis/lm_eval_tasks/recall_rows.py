@@ -9,7 +9,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from varidepth.generation.jrt_prompt import contains_answer, first_line
+from varidepth.analysis.contains import contains
+from varidepth.generation.jrt_prompt import first_line
 from varidepth.generation.jrt_tasks import task_answers, task_prompt, truncate_row
 
 
@@ -86,4 +87,4 @@ def score(row: Mapping[str, Any], results: Sequence[str]) -> dict[str, float]:
         row: a row of `prompted_rows`.
         results: the generated text.
     """
-    return {"contains": float(contains_answer(first_line(results[0]), row["answers"]))}
+    return {"contains": float(contains(first_line(results[0]), row["answers"]))}
