@@ -411,6 +411,7 @@ def test_commands_answer_in_one_sentence(command, words, tmp_path, monkeypatch, 
     edit_json(tmp_path / "official" / "config.json", vocab_size=96)
     convert("official", "jrt", quiet=True)
     Path("text.txt").write_text("w1 w2 w3 w4 w5 " * 60)
+    capsys.readouterr()
     assert main(command) == 2
     message = capsys.readouterr().err
     assert words in message and message.count("\n") == 1

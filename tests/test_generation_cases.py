@@ -365,12 +365,15 @@ def test_static_cache_chunked_prefill_and_embeds(case: str) -> None:
 
 
 @pytest.mark.skipif(not StaticLayer.is_croppable, reason="transformers below 5.24 cannot crop a static cache")
-@pytest.mark.parametrize("case", [*ROUTED, "jrt-recurrent"])
+@pytest.mark.parametrize("case", [*(case for case in ROUTED if not case.startswith("gemma2")), "jrt-recurrent"])
 @pytest.mark.parametrize("way", ["assistant", "lookup"])
 def test_static_cache_goes_back_on_what_was_guessed_wrong(case: str, way: str) -> None:
+    """Not where a window is shorter than the static cache: transformers refuses what it cannot restore."""
     model, ids = build(case), prompts()[1].repeat(1, 3)
     row, _ = slow_greedy(model, ids, STEPS)
     guess = {"assistant_model": vanilla()} if way == "assistant" else {"prompt_lookup_num_tokens": 3}
+    # transformers leaves no column for a last guess, which fails with its own models too
+    guess["max_cache_len"] = 32
     assert generate(model, ids, cache_implementation="static", **guess).sequences.tolist() == row.tolist()
 
 
