@@ -97,6 +97,7 @@ class RoutingStatistics:
         mean_depth: mean number of passes per token.
         depth_histogram: `depth_histogram[k]` tokens ran k passes.
         shares: share of all tokens that entered each pass; for token choice under balance (N_r - r) / N_r.
+        untouched: share of tokens that entered none of the passes that one can stay out of.
         accuracy, precision, recall, f1:
             expert choice: agreement of the causal rule with membership in top-k among the candidates ("sampling
             accuracy", MoR Table 13; MoD, section 3.5); NaN where a denominator is zero. At a capacity of 12.5 % a
@@ -118,6 +119,7 @@ class RoutingStatistics:
     mean_depth: float
     depth_histogram: list[int]
     shares: list[float]
+    untouched: float
     accuracy: list[float]
     precision: list[float]
     recall: list[float]
@@ -129,6 +131,8 @@ class RoutingStatistics:
 
 class RoutingMeter:
     """Adds up routing over batches: `meter.update(output, attention_mask)` for each, then `meter.result()`.
+
+    The sums stay on the device of the outputs, so that only `result` waits for it.
 
     Raises:
         ValueError: for a model that routes nothing.
@@ -144,65 +148,80 @@ class RoutingMeter:
         self.model = model
         self.routing = model.config.routing
         self.passes = len(passes)
+        self.avoidable = [number for number, routed_pass in enumerate(passes) if not routed_pass.always]
         chains = pass_chains(model.config)
         self.chains = len(chains), len(chains[0])
-        self.tokens = 0
-        self.histogram = torch.zeros(self.passes + 1, dtype=torch.long)
-        self.entered = torch.zeros(self.passes, dtype=torch.long)
-        self.ever = torch.zeros(0, self.passes, dtype=torch.bool)
-        # per pass: true and false positives and negatives of the rule; per pass or block: sums for the entropy
-        self.decided = self.routing == "expert_choice"
-        self.agreement = torch.zeros(4, self.passes, dtype=torch.long)
-        self.entropies = torch.zeros(self.passes, dtype=torch.double)
-        self.scored = torch.zeros(self.passes, dtype=torch.long)
-        self.loads = torch.zeros(self.chains, dtype=torch.long)
-        self.probabilities = torch.zeros(self.chains, dtype=torch.double)
+        # with "topk" it is the top-k that enters, and no rule is meant to find it
+        self.decided = self.routing == "expert_choice" and model.config.inference_rule != "topk"
+        self.sums: dict[str, torch.Tensor] = {}
 
     @torch.no_grad()
-    def update(self, output: Any, attention_mask: torch.Tensor | None = None) -> None:
-        """Adds one output with `output_routing=True` (a whole sequence, not a decode step)."""
+    def update(self, output: Any, attention_mask: torch.Tensor | None = None, top_k_entered: bool = False) -> None:
+        """Adds one output with `output_routing=True` (a whole sequence, not a decode step).
+
+        Args:
+            output: the output.
+            attention_mask: (batch, columns), 0 at pads.
+            top_k_entered: the output is of training: those that entered are the top-k, at the capacity of that step.
+        """
         valid = valid_tokens(output, attention_mask)
-        self._see_entering(_routing_mask(output).cpu(), valid.cpu())
+        self._see_entering(_routing_mask(output), valid)
         if self.routing == "token_choice":
             self._see_choices(output, valid)
         elif self.routing == "expert_choice":
-            self._see_candidates(output, valid)
+            scores, entered = output.router_logits, _routing_mask(output)
+            members = entered if top_k_entered else top_k_members(self.model.config, scores, valid)
+            self._see_candidates(scores, members, causal_decisions(self.model, output, valid))
+
+    def _add(self, name: str, value: torch.Tensor) -> None:
+        """Adds to a sum; the shorter of two is filled with zeros."""
+        before = self.sums.get(name)
+        if before is None:
+            self.sums[name] = value
+            return
+        length = max(len(before), len(value))
+        self.sums[name] = _lengthened(before, length) + _lengthened(value, length)
 
     def _see_entering(self, entered: torch.Tensor, valid: torch.Tensor) -> None:
-        self.tokens += int(valid.sum())
-        self.histogram += torch.bincount(entered.sum(-1)[valid], minlength=self.passes + 1)
-        self.entered += entered.sum((0, 1))
-        positions = (valid.cumsum(1) - 1)[valid]
-        length = int(positions.max()) + 1 if len(positions) else 0
-        if length > len(self.ever):
-            more = torch.zeros(length - len(self.ever), self.passes, dtype=torch.bool)
-            self.ever = torch.cat([self.ever, more])
-        rows, passes = entered[valid].nonzero(as_tuple=True)
-        self.ever[positions[rows], passes] = True
+        entered = entered & valid.unsqueeze(-1)
+        depths = torch.arange(self.passes + 1, device=entered.device)
+        runs = (entered.sum(-1, keepdim=True) == depths) & valid.unsqueeze(-1)
+        self._add("depths", runs.sum((0, 1)))
+        self._add("untouched", (valid & ~entered[..., self.avoidable].any(-1)).sum().reshape(1))
+        # per position: tokens seen, and how many of them entered each pass
+        positions = (valid.cumsum(1) - 1).clamp(min=0).flatten()
+        seen = torch.cat([valid.unsqueeze(-1), entered], dim=-1).flatten(0, 1).long()
+        self._add("positions", seen.new_zeros(valid.shape[1], seen.shape[1]).index_add_(0, positions, seen))
 
     def _see_choices(self, output: Any, valid: torch.Tensor) -> None:
-        depth = output.routing_mask.unflatten(-1, self.chains).sum(-1)[valid] - 1
-        self.loads += torch.nn.functional.one_hot(depth, self.chains[1]).sum(0).cpu()
-        scores = output.router_logits.float().unflatten(-1, self.chains)[valid]
-        probabilities = scores.softmax(-1) if self._softmax else scores.sigmoid()
-        self.probabilities += probabilities.double().sum(0).cpu()
+        depth = output.routing_mask.unflatten(-1, self.chains).sum(-1, keepdim=True)
+        known = valid[..., None, None]
+        chosen = depth == torch.arange(1, self.chains[1] + 1, device=depth.device)
+        self._add("loads", (chosen & known).sum((0, 1)))
+        scores = output.router_logits.float().unflatten(-1, self.chains)
+        softmax = self.model.config.router_activation == "softmax"
+        probabilities = scores.softmax(-1) if softmax else scores.sigmoid()
+        self._add("probabilities", probabilities.double().masked_fill(~known, 0.0).sum((0, 1)))
 
-    @property
-    def _softmax(self) -> bool:
-        return self.model.config.router_activation == "softmax"
-
-    def _see_candidates(self, output: Any, valid: torch.Tensor) -> None:
-        config, scores = self.model.config, output.router_logits
+    def _see_candidates(self, scores: torch.Tensor, members: torch.Tensor, chosen: torch.Tensor) -> None:
         candidates = ~scores.isnan()
-        members, chosen = top_k_members(config, scores, valid), causal_decisions(self.model, output, valid)
-        # with "topk" it is the top-k that enters, and no rule is meant to find it
-        self.decided &= config.inference_rule != "topk"
+        # true and false positives and negatives of the rule
         outcomes = (chosen & members, chosen & ~members, ~chosen & members, ~chosen & ~members)
-        self.agreement += torch.stack([(one & candidates).sum((0, 1)) for one in outcomes]).cpu()
+        self._add("agreement", torch.stack([(one & candidates).sum((0, 1)) for one in outcomes]))
         p = scores.double().nan_to_num(nan=0.0).sigmoid()
         entropy = -(torch.xlogy(p, p) + torch.xlogy(1 - p, 1 - p))
-        self.entropies += (entropy * candidates).sum((0, 1)).cpu()
-        self.scored += candidates.sum((0, 1)).cpu()
+        self._add("entropy", (entropy * candidates).sum((0, 1)))
+        self._add("candidates", candidates.sum((0, 1)))
+
+    def add_ranks(self) -> None:
+        """Adds what the other processes saw; where there are some, each must call it, after at least one update."""
+        if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+            return
+        length = self.sums["positions"].new_tensor(len(self.sums["positions"]))
+        torch.distributed.all_reduce(length, op=torch.distributed.ReduceOp.MAX)
+        self.sums["positions"] = _lengthened(self.sums["positions"], int(length))
+        for name in sorted(self.sums):
+            torch.distributed.all_reduce(self.sums[name])
 
     def result(self) -> RoutingStatistics:
         """The figures over everything seen.
@@ -210,36 +229,45 @@ class RoutingMeter:
         Raises:
             ValueError: if nothing was seen.
         """
-        if not self.tokens:
+        sums = {name: total.cpu() for name, total in self.sums.items()}
+        depths = sums.get("depths", torch.zeros(self.passes + 1, dtype=torch.long))
+        tokens = int(depths.sum())
+        if not tokens:
             raise ValueError("No token was seen; call `update` with the output of at least one valid token.")
-        depths = torch.arange(self.passes + 1, dtype=torch.double)
-        accuracy, precision, recall, f1 = self._agreement() if self.decided else ([], [], [], [])
+        seen, entered = sums["positions"].split([1, self.passes], dim=1)
+        accuracy, precision, recall, f1 = _agreement(sums["agreement"]) if self.decided else ([], [], [], [])
         entropy: list[float] = []
         violation: list[float] = []
         if self.routing == "token_choice":
-            mean = self.probabilities / self.probabilities.sum(-1, keepdim=True)
+            mean = sums["probabilities"] / sums["probabilities"].sum(-1, keepdim=True)
             entropy = (-torch.xlogy(mean, mean).sum(-1)).tolist()
-            loads = self.loads.double()
+            loads = sums["loads"].double()
             violation = (loads.amax(-1) / loads.mean(-1) - 1).tolist()
         elif self.routing == "expert_choice":
-            entropy = (self.entropies / self.scored).tolist()
+            entropy = (sums["entropy"] / sums["candidates"]).tolist()
         return RoutingStatistics(
-            tokens=self.tokens,
-            mean_depth=float((self.histogram * depths).sum()) / self.tokens,
-            depth_histogram=self.histogram.tolist(),
-            shares=(self.entered.double() / self.tokens).tolist(),
+            tokens=tokens,
+            mean_depth=float((depths * torch.arange(self.passes + 1, dtype=torch.double)).sum()) / tokens,
+            depth_histogram=depths.tolist(),
+            shares=(entered.sum(0).double() / tokens).tolist(),
+            untouched=int(sums["untouched"]) / tokens,
             accuracy=accuracy,
             precision=precision,
             recall=recall,
             f1=f1,
-            dead_ratio=(1 - self.ever.double().mean(0)).tolist(),
+            dead_ratio=(entered[seen.squeeze(1) > 0] == 0).double().mean(0).tolist(),
             entropy=entropy,
             max_violation=violation,
         )
 
-    def _agreement(self) -> tuple[list[float], list[float], list[float], list[float]]:
-        """Accuracy, precision, recall and F1 per pass."""
-        hit, false, missed, right = self.agreement.double()
-        accuracy = (hit + right) / (hit + false + missed + right)
-        f1 = 2 * hit / (2 * hit + false + missed)
-        return accuracy.tolist(), (hit / (hit + false)).tolist(), (hit / (hit + missed)).tolist(), f1.tolist()
+
+def _lengthened(total: torch.Tensor, length: int) -> torch.Tensor:
+    return torch.cat([total, total.new_zeros(length - len(total), *total.shape[1:])]) if len(total) < length else total
+
+
+def _agreement(outcomes: torch.Tensor) -> tuple[list[float], list[float], list[float], list[float]]:
+    """Accuracy, precision, recall and F1 per pass, from (4, passes)."""
+    hit, false, missed, right = outcomes.double()
+    accuracy = (hit + right) / (hit + false + missed + right)
+    f1 = 2 * hit / (2 * hit + false + missed)
+    return accuracy.tolist(), (hit / (hit + false)).tolist(), (hit / (hit + missed)).tolist(), f1.tolist()

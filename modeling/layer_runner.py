@@ -34,11 +34,13 @@ class LayerGroup:
         layers: physical layers, in order.
         slots: their unrolled indices, which are their cache slots.
         recursion: 0 at the layers' first use.
+        layer_kwargs: further arguments of the layers.
     """
 
     layers: tuple[int, ...]
     slots: tuple[int, ...]
     recursion: int = 0
+    layer_kwargs: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass
@@ -133,7 +135,7 @@ class LayerRunner:
         update = hidden_states
         attending = self._dense_attention(group, shared)
         for layer, slot in zip(group.layers, group.slots, strict=True):
-            update = self._call(layer, slot, update, attending)
+            update = self._call(layer, slot, update, attending, **group.layer_kwargs)
             self.recorder.state(update)
         if combine is not None:
             update = combine(update, _everything)
@@ -159,7 +161,7 @@ class LayerRunner:
         self.mlp_tokens = selection.valid
         attending = self._selected_attention(group, selection, shared)
         for layer, slot in zip(group.layers, group.slots, strict=True):
-            update = self._call(layer, slot, update, attending)
+            update = self._call(layer, slot, update, attending, **group.layer_kwargs)
             self.recorder.state(selection.scatter(hidden_states, update) if self.recorder.hidden_states else update)
         self.mlp_tokens = self.context.valid
         result = selection.scatter(hidden_states, combine(update, selection.gather))
@@ -185,7 +187,7 @@ class LayerRunner:
         self.mlp_tokens = active
         attending = self._masked_attention(group, active, shared)
         for layer, slot in zip(group.layers, group.slots, strict=True):
-            update = self._call(layer, slot, update, attending)
+            update = self._call(layer, slot, update, attending, **group.layer_kwargs)
             self.recorder.state(torch.where(entered, update, hidden_states))
         self.mlp_tokens = self.context.valid
         result = combine(update, _everything)

@@ -31,7 +31,7 @@ from .cache_naming import CACHE, NamedCache, cache_argument
 from .classification_head import ClassificationHead
 from .prefix_cache import adopt_state_layers, known_lengths, seen_columns, state_layers
 from .prefix_generation import PrefixGeneration
-from .prefix_loss import prefix_lm_loss
+from .prefix_loss import prefix_lm_loss, read_prompt_first
 from .prefix_mixers import GatedShortConvolution, PrefixLinearAttention
 from .prefix_tokens import Prefix, find_prefix
 from .remote_code import RemoteCodeMixin, register_class_names
@@ -293,6 +293,7 @@ class JRTForCausalLM(PrefixGeneration, JRTPreTrainedModel, GenerationMixin):
         self.model = JRTModel(config)
         self.vocab_size = config.vocab_size
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.register_forward_pre_hook(read_prompt_first, with_kwargs=True)
         self.post_init()
 
     @cache_argument

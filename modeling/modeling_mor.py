@@ -9,6 +9,7 @@ losses do not grow with gradient accumulation, and key and value projections are
 """
 
 import torch
+from torch import nn
 from transformers.generation import GenerationMixin
 
 from ..configuration.backbone_config import first_uses
@@ -19,6 +20,7 @@ from .generation_guard import RoutedGenerationGuard
 from .heads import CausalLMHead, RoutedClassificationHead
 from .layer_runner import Combine, LayerGroup, Pick
 from .module_mixins import share_key_values
+from .recursion_parameters import RecursionAdapter, vary_by_recursion
 from .remote_code import register_class_names
 from .routed_model import RoutedForward, RoutedModel, RoutedPreTrainedModel
 from .router_loss import balancing_loss, z_loss
@@ -28,12 +30,21 @@ from .token_routing import Selection, activate, apply_gate
 class MoRPreTrainedModel(RoutedPreTrainedModel):
     config: MoRConfig
 
+    def _init_weights(self, module: nn.Module) -> None:
+        if isinstance(module, RecursionAdapter):
+            module.reset_parameters(self.config.initializer_range)
+        else:
+            super()._init_weights(module)
 
-def _layer_groups(block: RecursiveBlock, recursions: int) -> list[LayerGroup]:
+
+def _layer_groups(block: RecursiveBlock, config: MoRConfig) -> list[LayerGroup]:
     """The layers and cache slots of each recursion of a block."""
-    width = len(block.layers)
-    starts = [block.start + r * width for r in range(recursions)]
-    return [LayerGroup(block.layers, tuple(range(s, s + width)), r) for r, s in enumerate(starts)]
+    groups = []
+    for r in range(config.num_recursions):
+        start = block.start + r * len(block.layers)
+        slots = tuple(range(start, start + len(block.layers)))
+        groups.append(LayerGroup(block.layers, slots, r, {"recursion": r} if config.varies_by_recursion else {}))
+    return groups
 
 
 class Recursion(RoutedForward):
@@ -169,7 +180,8 @@ class MoRModel(RoutedModel, MoRPreTrainedModel):
     forward_class = Recursion
     built_fields = (
         "backbone", "num_hidden_layers", "num_recursions", "sharing", "prelude_layers", "coda_layers", "routing",
-        "router_type", "router_bias", "balancing", "kv_mode", "capacity_warmup_steps",
+        "router_type", "router_bias", "balancing", "kv_mode", "capacity_warmup_steps", "recursion_rank",
+        "recursion_norms",
     )  # fmt: skip
     editable_fields = (
         "capacities", "router_thresholds", "inference_rule", "gating", "router_activation", "router_alpha",
@@ -179,7 +191,7 @@ class MoRModel(RoutedModel, MoRPreTrainedModel):
     def __init__(self, config: MoRConfig):
         super().__init__(config)
         self._begin_build(config, first_uses(config.physical_layers))
-        self.blocks = [_layer_groups(block, config.num_recursions) for block in config.recursive_blocks]
+        self.blocks = [_layer_groups(block, config) for block in config.recursive_blocks]
         if config.routing != "none":
             inner_size = ROUTER_TYPES[config.router_type] * config.hidden_size
             outputs = 1 if config.routing == "expert_choice" else config.num_recursions
@@ -187,8 +199,18 @@ class MoRModel(RoutedModel, MoRPreTrainedModel):
         if config.routing == "token_choice" and config.balancing == "loss_free":
             shape = len(self.blocks), config.num_recursions
             self._keep("balancing_bias", torch.empty(shape, dtype=torch.float32), 0)
-        if config.kv_mode == "shared":
-            share_key_values([self.layers[layer] for block in config.recursive_blocks for layer in block.layers])
+        recursive_layers = [self.layers[layer] for block in config.recursive_blocks for layer in block.layers]
+        shares_kv = config.kv_mode == "shared"
+        if shares_kv:
+            share_key_values(recursive_layers)
+        if config.varies_by_recursion:
+            vary_by_recursion(
+                recursive_layers,
+                config.num_recursions,
+                rank=config.recursion_rank,
+                norms=config.recursion_norms,
+                reads_shared_kv=shares_kv,
+            )
         self._end_build()
 
 

@@ -1,10 +1,13 @@
 """The training objective of JRT-RNN: next tokens behind the prefix, masked tokens inside it (paper, section 4.2)."""
 
+from typing import Any
+
 import torch
+from torch import nn
 from torch.nn import functional as F
 from transformers.utils import logging
 
-from .prefix_tokens import Prefix
+from .prefix_tokens import Prefix, find_prefix
 
 
 logger = logging.get_logger(__name__)
@@ -91,3 +94,39 @@ def _mean_loss(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     """Zero, with a gradient of zero, where nothing is labelled."""
     total = F.cross_entropy(logits.float(), labels, ignore_index=IGNORED, reduction="sum")
     return total / labels.ne(IGNORED).sum().clamp(min=1)
+
+
+def read_prompt_first(model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]] | None:
+    """Hook before `forward`, for trainers that replace it and make the loss of all labels themselves.
+
+    TRL asks its own `forward` for log-probabilities with `fused_lm_head=True`. The prefix is then the prompt, as in
+    generation: the tokens before the first label, at most `config.prefix_length`.
+
+    Raises:
+        ValueError: if there is no prompt, or a given prefix has seen a label's token.
+    """
+    labels, longest = kwargs.get("labels"), model.config.prefix_length
+    if not kwargs.get("fused_lm_head") or labels is None or not longest:
+        return None
+    mask = kwargs.get("attention_mask")
+    given = {name: kwargs[name] for name in ("prefix_length", "encoder_mask") if kwargs.get(name) is not None}
+    learned = labels.ne(IGNORED)
+    if given:
+        shift_labels = F.pad(labels[:, 1:], (0, 1), value=IGNORED)
+        if bool((shift_labels != _behind(shift_labels, find_prefix(labels, mask, **given))).any()):
+            raise ValueError(
+                "the trainer makes the loss of all labels itself, but some lie in the prefix, which has seen their "
+                "tokens; give a prefix that ends before the first label, as `JRTCollator(mask_token_id=None, "
+                "prefix_length='prompt')` does, or use `Trainer`."
+            )
+        return None
+    prompt = learned.cumsum(dim=1).eq(0)
+    if mask is not None:
+        prompt = prompt & mask.bool()
+    lengths = prompt.sum(dim=1)
+    if bool((learned.any(dim=1) & lengths.eq(0)).any()):
+        raise ValueError(
+            "a row is learned from its first token on, so that it has no prompt which could be the prefix; give rows "
+            "of `prompt` and `completion`, or use `Trainer` with `JRTCollator` for plain text."
+        )
+    return args, {**kwargs, "prefix_length": lengths.clamp(max=longest)}

@@ -81,10 +81,13 @@ class RouterLossScale:
     Attributes:
         outside: scale of a loss that is made outside of the model (DPO, GRPO, an own loop), which the model cannot
             see: the gradient scaler's scale over the accumulation steps; `None` stands for 1 and warns once.
+        step_items: items of the whole optimizer step, where a trainer knows them but does not tell the model; `None`
+            stands for those of each call.
     """
 
     def __init__(self) -> None:
         self.outside: float | None = None
+        self.step_items: torch.Tensor | int | None = None
         self.begin(None)
 
     def begin(self, items: torch.Tensor | int | None) -> None:
@@ -97,7 +100,8 @@ class RouterLossScale:
         if self.scale is None:
             logger.warning_once(
                 "the loss is made outside of the model, so its scale is unknown to the router loss, which takes 1; "
-                "with gradient accumulation or a gradient scaler set `model.router_loss_scale.outside` to that scale."
+                "with gradient accumulation or a gradient scaler call `adapt_trainer(trainer)` of "
+                "varidepth.training.trainer_adapter, or set `model.router_loss_scale.outside` to that scale."
             )
             return 1.0
         return self.scale
@@ -150,6 +154,8 @@ def _note_nothing(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Non
 
 def _note_items(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
     items, labels = kwargs.get("num_items_in_batch"), kwargs.get("labels")
+    if items is None:
+        items = module.router_loss_scale.step_items
     if items is None and isinstance(labels, torch.Tensor) and labels.ndim == 2:
         items = labels[:, 1:].ne(-100).sum().clamp(min=1)
     module.router_loss_scale.begin(items)
