@@ -15,7 +15,15 @@ from typing import Any, NamedTuple
 
 from ..configuration.configuration_mor import ROUTER_TYPES
 from ..configuration.routed_config import RoutedPass
-from .family_shapes import attention_weights, family_shape, layer_parameters, layer_shape, mlp_weights, window_of
+from .family_shapes import (
+    attention_weights,
+    family_shape,
+    layer_parameters,
+    layer_shape,
+    mlp_weights,
+    recursion_shape,
+    window_of,
+)
 
 
 @dataclass(frozen=True)
@@ -28,6 +36,7 @@ class ParameterCount:
         layers: decoder layers.
         final_norm: norm before the head.
         routers: routers, with the predictors of `inference_rule="predictor"`.
+        recursions: what the recursions of a MoR have of their own: low-rank differences, and norms beyond the first.
     """
 
     embedding: int
@@ -35,6 +44,7 @@ class ParameterCount:
     layers: int
     final_norm: int
     routers: int
+    recursions: int = 0
 
     @property
     def total(self) -> int:
@@ -43,7 +53,7 @@ class ParameterCount:
     @property
     def non_embedding(self) -> int:
         """Everything but the embedding and the head: the size that the MoR paper's Table 6 quotes."""
-        return self.layers + self.final_norm + self.routers
+        return self.layers + self.final_norm + self.routers + self.recursions
 
 
 def count_parameters(config: Any) -> ParameterCount:
@@ -61,6 +71,7 @@ def count_parameters(config: Any) -> ParameterCount:
         layers=sum(layer_parameters(config, layer) for layer in range(physical)),
         final_norm=d * (2 if family_shape(config).norm_bias else 1),
         routers=routers,
+        recursions=getattr(config, "num_shared_layers", 0) * recursion_shape(config).parameters,
     )
 
 
@@ -210,6 +221,7 @@ class FlopCount:
         mlp: the matrices of the MLP, with the one that chooses experts.
         routers: routers, and predictors with them.
         head: language-model head.
+        recursions: low-rank differences of the recursions of a MoR.
     """
 
     projections: float = 0
@@ -217,6 +229,7 @@ class FlopCount:
     mlp: float = 0
     routers: float = 0
     head: float = 0
+    recursions: float = 0
 
     @property
     def total(self) -> float:
@@ -244,16 +257,25 @@ def _flops(
     projections: float = 0
     attention: float = 0
     mlp: float = 0
+    recursions: float = 0
+    own, repeated = recursion_shape(config), _repeated_slots(config)
     for load in loads:
         projections += 2 * load.queries * attention_weights(config, load.projects_kv)
         attention += 4 * load.queries * load.keys * width
         mlp += 2 * load.mlp_tokens * mlp_weights(config, load.slot)[1]
+        if load.slot in repeated:
+            recursions += 2 * (load.queries * own.attention + load.mlp_tokens * own.mlp)
     routers: float = 0
     if _num_routers(config):
         scored = zip(_bank_weights(config), scored_tokens(config, tokens, entered), strict=True)
         routers = sum(2 * weights * count for weights, count in scored)
     head = 2 * positions * config.hidden_size * config.vocab_size
-    return FlopCount(projections, attention, mlp, routers, head)
+    return FlopCount(projections, attention, mlp, routers, head, recursions)
+
+
+def _repeated_slots(config: Any) -> set[int]:
+    """Unrolled layers whose parameters a MoR shares."""
+    return {slot for routed_pass in passes_of(config) for slot in routed_pass.slots}
 
 
 def scored_tokens(config: Any, tokens: float, entered: Sequence[float]) -> tuple[float, float]:

@@ -15,6 +15,7 @@ class FamilyShape:
         norm_bias: whether norms have a bias.
         qkv_bias, o_bias, mlp_bias: name of the configuration field that switches the bias, or a constant.
         fused_qkv: one matrix for queries, keys and values.
+        fused_gate: one matrix for both inputs of a gated MLP.
         uniform_window: `config.sliding_window` holds for all layers (there are no `layer_types`).
         expert_width: name of the field with the inner width of one expert; `None` for families without experts.
     """
@@ -27,6 +28,7 @@ class FamilyShape:
     o_bias: str | bool = False
     mlp_bias: str | bool = False
     fused_qkv: bool = False
+    fused_gate: bool = False
     uniform_window: bool = False
     expert_width: str | None = None
 
@@ -40,12 +42,12 @@ FAMILY_SHAPES: dict[str, FamilyShape] = {
     "qwen3": FamilyShape(qk_norm="head", **_BIASED),
     "smollm3": FamilyShape(**_BIASED, mlp_bias="mlp_bias"),
     "olmo2": FamilyShape(qk_norm="width", **_BIASED),
-    "phi3": FamilyShape(fused_qkv=True, uniform_window=True),
+    "phi3": FamilyShape(fused_qkv=True, fused_gate=True, uniform_window=True),
     "granite": FamilyShape(**_BIASED, mlp_bias="mlp_bias"),
     "gemma2": FamilyShape(layer_norms=4, **_BIASED),
     "gemma3_text": FamilyShape(layer_norms=4, qk_norm="head", **_BIASED),
     "exaone4": FamilyShape(qk_norm="head"),
-    "glm4": FamilyShape(layer_norms=4, qkv_bias="attention_bias"),
+    "glm4": FamilyShape(layer_norms=4, qkv_bias="attention_bias", fused_gate=True),
     "cohere2": FamilyShape(layer_norms=1, **_BIASED),
     "starcoder2": FamilyShape(
         gated=False, norm_bias=True, qkv_bias="use_bias", o_bias="use_bias", mlp_bias="use_bias", uniform_window=True
@@ -159,6 +161,50 @@ def layer_parameters(config: Any, layer: int) -> int:
     norms = family.layer_norms * d * (2 if family.norm_bias else 1)
     norms += {"none": 0, "head": 2 * head_dim, "width": q + k}[family.qk_norm]
     return attention_weights(config) + stored + biases + norms
+
+
+class RecursionShape(NamedTuple):
+    """What a shared layer has of its own at each recursion of a MoR.
+
+    Attributes:
+        attention: weights of the low-rank differences of the attention's matrices, biases apart.
+        mlp: those of the MLP.
+        parameters: of all recursions together, with the differences of biases and the norms.
+    """
+
+    attention: int = 0
+    mlp: int = 0
+    parameters: int = 0
+
+
+def recursion_shape(config: Any) -> RecursionShape:
+    """What each recursion has of its own in one shared layer; nothing where all recursions compute the same."""
+    rank, norms = getattr(config, "recursion_rank", 0), getattr(config, "recursion_norms", False)
+    if not rank and not norms:
+        return RecursionShape()
+    family, (d, q, k, head_dim) = family_shape(config), layer_shape(config)
+    reads_kv = getattr(config, "kv_mode", None) == "shared"
+    if family.fused_qkv:
+        attention = [(d, q + 2 * k, family.qkv_bias)]
+    else:
+        attention = [(d, q, family.qkv_bias)] + [(d, k, family.qkv_bias)] * (0 if reads_kv else 2)
+    attention.append((q, d, family.o_bias))
+    inner, inputs = config.intermediate_size, 2 if family.gated else 1
+    mlp = [(d, 2 * inner, family.mlp_bias)] if family.fused_gate else [(d, inner, family.mlp_bias)] * inputs
+    mlp.append((inner, d, family.mlp_bias))
+
+    attention_weights, mlp_weights = (
+        sum(min(rank, entering, leaving) * (entering + leaving) for entering, leaving, _ in matrices)
+        for matrices in (attention, mlp)
+    )
+    biases = sum(leaving for _, leaving, switch in attention + mlp if rank and _flag(config, switch))
+    parameters = config.num_recursions * (attention_weights + mlp_weights + biases)
+    if norms:
+        width = family.layer_norms * d * (2 if family.norm_bias else 1)
+        width += {"none": 0, "head": head_dim, "width": q}[family.qk_norm]
+        width += 0 if reads_kv else {"none": 0, "head": head_dim, "width": k}[family.qk_norm]
+        parameters += (config.num_recursions - 1) * width
+    return RecursionShape(attention_weights, mlp_weights, parameters)
 
 
 def _flag(config: Any, switch: str | bool) -> bool:

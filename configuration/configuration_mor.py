@@ -105,6 +105,11 @@ class MoRConfig(RoutedConfig):
         kv_mode (`str`, *optional*, defaults to `"recursion"`):
             `recursion`: each recursion keeps the keys and values of the tokens that entered it; `shared`: all
             recursions read those of the first one.
+        recursion_rank (`int`, *optional*, defaults to 0):
+            Rank of the difference that each recursion adds to every matrix of the shared layers (relaxed recursion,
+            arXiv 2410.20672); 0 for none.
+        recursion_norms (`bool`, *optional*, defaults to `False`):
+            Gives each recursion its own norms in the shared layers.
 
     Raises:
         ValueError: for every invalid field or combination, with the field, the value and what is allowed.
@@ -126,6 +131,8 @@ class MoRConfig(RoutedConfig):
     balancing_coef: float | int = 0.1
     balancing_update_rate: float | int = 0.001
     kv_mode: str = "recursion"
+    recursion_rank: int = 0
+    recursion_norms: bool = False
 
     def __post_init__(self, **kwargs):
         self._resolve_sharing()
@@ -146,6 +153,14 @@ class MoRConfig(RoutedConfig):
                 f"`sharing` is {self.sharing!r} with no prelude and no coda layer; use "
                 f"{self.sharing.removeprefix('middle_')!r} or give `prelude_layers` or `coda_layers`."
             )
+        if self.recursion_rank < 0:
+            raise ValueError(f"`recursion_rank` is {self.recursion_rank}, but must be 0 (none) or positive.")
+        for field in ("recursion_rank", "recursion_norms"):
+            if getattr(self, field) and self.num_recursions == 1:
+                raise ValueError(
+                    f"`{field}` is {getattr(self, field)}, but with one recursion nothing is shared; leave it out or "
+                    "use `num_recursions` of 2 or more."
+                )
         looped = self.num_hidden_layers - self.prelude_layers - self.coda_layers
         if looped < self.num_recursions or looped % self.num_recursions:
             fits = max(looped // self.num_recursions, 1) * self.num_recursions
@@ -268,6 +283,11 @@ class MoRConfig(RoutedConfig):
                 always = self.routing == "none" or (r == 0 if self.routing == "token_choice" else share == 1)
                 passes.append(RoutedPass(slots, share, always, writes_kv=r == 0 or self.kv_mode == "recursion"))
         return passes
+
+    @property
+    def varies_by_recursion(self) -> bool:
+        """Whether shared layers have parameters of their own at each recursion."""
+        return self.recursion_rank > 0 or self.recursion_norms
 
     @property
     def num_routers(self) -> int:

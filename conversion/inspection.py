@@ -53,7 +53,8 @@ class CheckpointDescription:
 
 
 _STRUCTURE = """
-    model_type backbone num_hidden_layers num_physical_layers num_shared_layers num_recursions sharing routing
+    model_type backbone num_hidden_layers num_physical_layers num_shared_layers num_recursions sharing
+    recursion_rank recursion_norms routing
     prefix_length short_prompt sliding_window feature_map feature_dim conv_kernel_size
     capacities routed_layers routing_unit router_type gating gate inference_rule router_thresholds compute
     always_route_first num_noop_experts kv_mode hidden_size num_attention_heads num_key_value_heads vocab_size

@@ -53,6 +53,11 @@ class LayerMap:
             return [layer - b + b * n]
         return _group(layer - p, p, b, n, self.sequence)
 
+    def replaced_sources(self, layer: int) -> list[int]:
+        """Source layers in whose places a physical layer is applied, one for each of its applications."""
+        kept = [i for i in range(self.unrolled_depth + len(self.dropped)) if i not in self.dropped]
+        return [kept[position] for position in self.unrolled_positions(layer)]
+
 
 def even_spread(first: int, last: int, count: int) -> list[int]:
     """`round(linspace(first, last, count))` in floating point, whose errors decide where a half is rounded to."""

@@ -120,7 +120,8 @@ class ConversionPlan:
 
 
 _SHOWN = """
-    to init num_recursions sharing routing routing_unit gate router_init prefix_length short_prompt sliding_window
+    to init num_recursions sharing recursion_rank recursion_norms routing routing_unit gate router_init
+    prefix_length short_prompt sliding_window
 """.split()
 
 

@@ -25,6 +25,7 @@ class PlannedCost:
         kv_bytes_per_token: bytes of keys and values that one more token adds behind full windows.
         layers_per_token: decoder layers that a token runs.
         context: tokens in the cache.
+        recursions: parameters that the recursions of a MoR have of their own.
     """
 
     parameters: int
@@ -33,12 +34,15 @@ class PlannedCost:
     kv_bytes_per_token: float
     layers_per_token: float
     context: int
+    recursions: int = 0
 
     def figures(self, dtype: str = "") -> dict[str, float]:
         """Label and value of each row of a table; `dtype` is the name of the stored type."""
+        own = {"of these of each recursion's own": self.recursions} if self.recursions else {}
         return {
             "parameters": self.parameters,
             "without embedding and head": self.non_embedding,
+            **own,
             "layers per token": self.layers_per_token,
             f"FLOPs per token at {self.context}": self.flops_per_token,
             f"KV bytes per token{dtype}": self.kv_bytes_per_token,
@@ -93,8 +97,7 @@ def expected_cost(config: RoutedConfig, bytes_per_value: int, context: int = 102
 
 def _cost(config: Any, flops: float, kv: float, layers: float, context: int) -> PlannedCost:
     count = count_parameters(config)
-    inner = count.layers + count.final_norm + count.routers
-    return PlannedCost(count.embedding + count.head + inner, inner, flops, kv, layers, context)
+    return PlannedCost(count.total, count.non_embedding, flops, kv, layers, context, count.recursions)
 
 
 def cost_rows(
@@ -109,8 +112,8 @@ def cost_rows(
     """
     rows: list[tuple] = [("", *(name for name, _ in models))]
     columns = [cost.figures(dtype) for _, cost in models]
-    for label in columns[0]:
-        values = [column[label] for column in columns]
+    for label in columns[-1]:
+        values = [column.get(label, 0) for column in columns]
         cells = [figure(value) for value in values]
         if ratios and values[0]:
             cells[1:] = [f"{figure(value)} ({value / values[0]:.3f}x)" for value in values[1:]]

@@ -173,6 +173,12 @@ class Recipe:
                     f"`{field}` is {getattr(self, field)!r}, but the layers and routers of an official checkpoint are "
                     "taken as they are; leave it out."
                 )
+        for field in ("recursion_rank", "recursion_norms"):
+            if self.fields.get(field):
+                raise ConversionError(
+                    f"`{field}` is {self.fields[field]!r}, but the recursions of an official checkpoint share all "
+                    "weights; leave it out."
+                )
         return dataclasses.replace(self, to=architecture)
 
     @classmethod

@@ -50,7 +50,19 @@ ALL_FIELDS: dict[str, Any] = {field: kind for fields in FIELDS.values() for fiel
 
 # the routing that has no routers, and the fields that say something without them
 WITHOUT_ROUTERS = {
-    "mor": ("none", {"num_recursions", "sharing", "prelude_layers", "coda_layers", "routing", "kv_mode"}),
+    "mor": (
+        "none",
+        {
+            "num_recursions",
+            "sharing",
+            "prelude_layers",
+            "coda_layers",
+            "routing",
+            "kv_mode",
+            "recursion_rank",
+            "recursion_norms",
+        },
+    ),
     "mod": (
         "stochastic",
         {

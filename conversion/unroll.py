@@ -18,6 +18,7 @@ from .errors import ConversionError
 from .expert_layout import split_experts
 from .recipe import Recipe
 from .recipe_fields import ROUTED
+from .recursion_tensors import MergedRecursions, is_recursions_own
 from .router_tensors import ROUTING_PREFIXES, routers_are_open
 from .source_checkpoint import check_tensors, open_source
 from .tensor_source import TensorSource
@@ -60,7 +61,12 @@ def unroll(
     refuse_inexact(config, weights)
     vanilla = vanilla_config(config)
     vanilla.dtype = common_dtype(weights)
-    weights = weights.view(_vanilla_names(config, weights))
+    names = _vanilla_names(config, weights)
+    if getattr(config, "varies_by_recursion", False):
+        physical = config.physical_layers
+        weights = MergedRecursions(weights, names, [physical[:i].count(layer) for i, layer in enumerate(physical)])
+    else:
+        weights = weights.view(names)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(vanilla)
     expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
@@ -126,11 +132,13 @@ def vanilla_config(config: RoutedConfig) -> PreTrainedConfig:
 
 
 def _vanilla_names(config: Any, weights: TensorSource) -> dict[str, str]:
-    """New name -> name in the checkpoint, for all but the routing's own tensors, in the order of the model."""
+    """New name -> name in the checkpoint, for all but the tensors of routing and recursions, in the model's order."""
     physical_layers = getattr(config, "physical_layers", range(config.num_hidden_layers))
     parts: dict[int, list[str]] = {}
     outer = []
     for name in weights.infos:
+        if is_recursions_own(name):
+            continue
         if match := LAYER_NAME.match(name):
             parts.setdefault(int(match[1]), []).append(match[2])
         elif not name.startswith(ROUTING_PREFIXES):

@@ -11,6 +11,7 @@ from .layer_maps import LayerMap, map_layers
 from .plan import ConversionPlan, PlannedLayer, attention_types, layer_roles
 from .planned_cost import expected_cost, full_depth_cost
 from .recipe import DTYPES, Recipe
+from .recursion_tensors import relaxed_tensors
 from .router_tensors import OPEN_LOGIT, fresh_tensors
 from .source_checkpoint import SourceCheckpoint, vanilla_weights
 
@@ -55,6 +56,8 @@ def mor_blueprint(source: SourceCheckpoint, recipe: Recipe, *, quiet: bool = Tru
     config.dtype = dtype
     targets = body_tensors(weights, layer_map.sources, DTYPES[recipe.dtype] if recipe.dtype else None)
     model = empty_model(MoRForCausalLM, config)
+    if config.varies_by_recursion:
+        targets = relaxed_tensors(targets, weights, layer_map, config, list(model.state_dict()))
     fresh = fresh_tensors(model, router_init=recipe.router_init or "on", seed=recipe.seed or 0, open_bias=OPEN_LOGIT)
     plan = ConversionPlan(
         source=source.name,
@@ -135,6 +138,13 @@ def _notes(source: SourceCheckpoint, config: MoRConfig, recipe: Recipe, layer_ma
             )
         else:
             notes.append("every token starts at full depth; training lowers it.")
+    if config.recursion_rank:
+        notes.append(
+            f"at each recursion every matrix of a shared layer differs by rank {config.recursion_rank}, at first the "
+            "best approximation to the source layer that it replaces."
+        )
+    if config.recursion_norms:
+        notes.append("at each recursion the norms are those of the source layer that is replaced.")
     if config.num_recursions > 1:
         notes.append("repeated layers were not trained to be repeated: expect to heal the model by training.")
     if source.gguf is not None:

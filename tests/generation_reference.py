@@ -41,6 +41,7 @@ CASES: dict[str, dict[str, Any]] = {
     "expert-shared": DEEP | EXPERT | {"kv_mode": "shared", "capacities": [1.0, 0.5]},
     "expert-cycle": EXPERT | BLENDED | {"num_hidden_layers": 4, "num_recursions": 2, "sharing": "cycle"},
     "expert-sequence": EXPERT | {"num_hidden_layers": 6, "num_recursions": 2, "sharing": "middle_sequence"},
+    "expert-relaxed": DEEP | EXPERT | {"recursion_rank": 4, "recursion_norms": True},
     "token": DEEP | {"routing": "token_choice"},
     "token-shared": DEEP | {"routing": "token_choice", "kv_mode": "shared"},
     "token-loss_free": DEEP | {"routing": "token_choice", "balancing": "loss_free"} | BLENDED,
@@ -123,6 +124,9 @@ def build(case: str, attention: str | None = None) -> Any:
         for bank in (getattr(model.model, "routers", None), getattr(model.model, "predictors", None)):
             if bank is not None:
                 bank.weight.copy_(torch.randn(bank.weight.shape, generator=generator))
+        for name, parameter in model.named_parameters():
+            if "recursion_adapter" in name or "deeper" in name:
+                parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
         if hasattr(model.model, "threshold_ema"):
             model.model.threshold_ema.zero_()
         bias = getattr(model.model, "balancing_bias", None)

@@ -36,6 +36,8 @@ def mor_models(draw) -> tuple:
         "coda_layers": coda,
         "num_hidden_layers": prelude + coda + recursions * shared_layers,
         "kv_mode": kv_mode,
+        "recursion_rank": draw(st.sampled_from([0, 0, 3])),
+        "recursion_norms": draw(st.booleans()),
     }
     if routing != "none":
         fields["gating"] = draw(st.sampled_from(["weighted", "additive", "interpolate"]))

@@ -23,6 +23,8 @@ DEEPER = {
     "expert-wide-router": {"num_hidden_layers": 6} | WIDE_ROUTER,
     "predictor-dense-first": {"num_hidden_layers": 6, "capacities": [1.0, 0.5], "inference_rule": "predictor"},
     "token-sequence": {"num_hidden_layers": 6, "sharing": "middle_sequence", "routing": "token_choice"},
+    "relaxed": {"num_hidden_layers": 7, "num_recursions": 3, "coda_layers": 0, "recursion_rank": 3},
+    "relaxed-shared": {"num_hidden_layers": 6, "kv_mode": "shared", "recursion_rank": 5, "recursion_norms": True},
     "plain-sequence": {"num_hidden_layers": 6, "sharing": "sequence", "routing": "none"},
 }
 

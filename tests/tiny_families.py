@@ -78,7 +78,7 @@ def _tiny(
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             noise = torch.randn(parameter.shape, generator=generator)
-            if "norm" in name:
+            if "norm" in name or "recursion_adapter" in name:
                 parameter.add_(0.1 * noise)
             elif "routers" in name or "predictors" in name:
                 parameter.copy_(spread * noise)

@@ -46,6 +46,12 @@ class MoRExpertSharedKvTest(MoRSuite, unittest.TestCase):
     fields = MoRSuite.depth | {"routing": "expert_choice", "kv_mode": "shared"}
 
 
+class MoRRelaxedTest(MoRSuite, unittest.TestCase):
+    """Recursions with low-rank differences and norms of their own."""
+
+    fields = MoRSuite.depth | {"routing": "expert_choice", "recursion_rank": 4, "recursion_norms": True}
+
+
 class MoRTokenChoiceTest(MoRSuite, unittest.TestCase):
     fields = MoRSuite.depth | {"routing": "token_choice"}
 
