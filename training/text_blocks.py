@@ -6,7 +6,6 @@ blocks = token_blocks(train, tokenizer, length=256)
 
 from __future__ import annotations
 
-import json
 import random
 import re
 from collections.abc import Iterable, Sequence
@@ -15,6 +14,8 @@ from typing import Any
 
 import torch
 from torch.utils.data import Dataset
+
+from .text_source import check_column, load_rows, no_text, text_of_line
 
 
 DOCUMENT_CHARACTERS = 4000  # least size of a document cut from a plain text file
@@ -92,16 +93,9 @@ def _documents_of_file(path: Path, text_column: str) -> list[str]:
     for number, line in enumerate(text.split("\n"), 1):
         if not line.strip():
             continue
-        try:
-            row: Any = json.loads(line)
-            found = row if isinstance(row, str) else row[text_column]
-        except (ValueError, KeyError, TypeError):
-            found = None
-        if not isinstance(found, str):
-            raise ValueError(
-                f"Line {number} of {path} holds no text: each line must be a JSON string or an object "
-                f"with a string under the key {text_column!r}."
-            )
+        found = text_of_line(line, text_column)
+        if found is None:
+            raise no_text(number, path, text_column)
         documents.append(found)
     return documents
 
@@ -130,25 +124,8 @@ def _cut(text: str) -> list[str]:
 
 
 def _documents_of_dataset(name: str, text_column: str) -> Iterable[str]:
-    try:
-        import datasets
-    except ImportError:
-        raise ValueError(
-            f"{name!r} is no file or folder here, and to load it as a dataset the package `datasets` is missing: "
-            "give a path that exists, or `pip install datasets`."
-        ) from None
-    try:
-        rows = datasets.load_dataset(name, split="train")
-    except Exception as error:  # every reason that datasets may have: one sentence with the remedy instead
-        raise ValueError(
-            f"{name!r} is no file or folder here, and `datasets` cannot load it ({type(error).__name__}: {error}): "
-            "give a path that exists or the id of a dataset with a train split."
-        ) from error
-    if text_column not in rows.column_names:
-        raise ValueError(
-            f"Dataset {name!r} has no column {text_column!r}, only {sorted(rows.column_names)}: "
-            "name one of these as text_column."
-        )
+    rows = load_rows(name, streaming=False)
+    check_column(rows.column_names, f"dataset {name!r}", text_column)
     return rows[text_column]
 
 
