@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import math
-import time
 from typing import Any
 
 import torch
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
-from tqdm.auto import tqdm
-from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCallback
+
+from .progress import TrainingProgress
 
 
-class TimeLimitCallback(TrainerCallback):
+class TimeLimitCallback(TrainingProgress):
     """Stops training after `minutes` and shows one progress bar whose unit is time, with loss and time left.
 
     The step that would pass the limit is not begun: its length is foreseen from the mean of the steps so far. At least
@@ -37,20 +36,10 @@ class TimeLimitCallback(TrainerCallback):
     def __init__(self, minutes: float, *, warmup: float = 0.05, floor: float = 0.1, progress: bool = True):
         if not minutes > 0:
             raise ValueError(f"minutes={minutes} leaves no time to train: give a number above 0.")
+        super().__init__(show=progress)
         self.seconds = 60.0 * minutes
         self.warmup = warmup
         self.floor = floor
-        self.progress = progress
-        self.steps = 0
-        self.tokens_per_step: int | None = None
-        self._begin: float | None = None
-        self._loss: float | None = None
-        self._bar: tqdm | None = None
-
-    @property
-    def elapsed(self) -> float:
-        """Seconds since training began; 0 before."""
-        return 0.0 if self._begin is None else time.monotonic() - self._begin
 
     @property
     def fraction(self) -> float:
@@ -69,24 +58,11 @@ class TimeLimitCallback(TrainerCallback):
         """A learning-rate schedule over the time limit, for `Trainer(optimizers=(optimizer, schedule))`."""
         return LambdaLR(optimizer, self.factor)
 
-    def attach(self, trainer: Trainer) -> None:
-        """Adds this callback to a trainer and takes its own progress bar and printed logs away."""
-        for other in (ProgressCallback, PrinterCallback):
-            trainer.remove_callback(other)
-        trainer.add_callback(self)
-
-    def on_train_begin(self, args, state, control, **kwargs: Any) -> None:
-        self._begin = time.monotonic()
-        self.steps = 0
-        if self.progress and state.is_world_process_zero:
-            self._bar = tqdm(
-                total=self.seconds,
-                desc=f"{_clock(self.seconds)} left",
-                bar_format="training {percentage:3.0f}%|{bar:24}| {desc}",
-            )
+    def done(self) -> tuple[float, float | None]:
+        return self.fraction, self.seconds - self.elapsed
 
     def on_step_end(self, args, state, control, **kwargs: Any) -> None:
-        self.steps += 1
+        super().on_step_end(args, state, control, **kwargs)
         elapsed = self.elapsed
         over = elapsed + elapsed / self.steps > self.seconds
         if torch.distributed.is_available() and torch.distributed.is_initialized():
@@ -96,31 +72,3 @@ class TimeLimitCallback(TrainerCallback):
             over = bool(decision.item())
         if over:
             control.should_training_stop = True
-        self._show(elapsed)
-
-    def on_log(self, args, state, control, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
-        if logs and "loss" in logs:
-            self._loss = float(logs["loss"])
-            self._show(self.elapsed)
-
-    def on_train_end(self, args, state, control, **kwargs: Any) -> None:
-        if self._bar is not None:
-            self._show(self.seconds if control.should_training_stop else self.elapsed)
-            self._bar.close()
-            self._bar = None
-
-    def _show(self, elapsed: float) -> None:
-        if self._bar is None:
-            return
-        parts = [f"{self.steps} steps"]
-        if self.tokens_per_step:
-            parts.append(f"{self.steps * self.tokens_per_step / 1000:.0f}k tokens")
-        if self._loss is not None:
-            parts.append(f"loss {self._loss:.3f}")
-        parts.append(f"{_clock(max(0.0, self.seconds - elapsed))} left")
-        self._bar.n = min(elapsed, self.seconds)
-        self._bar.set_description_str(", ".join(parts), refresh=True)
-
-
-def _clock(seconds: float) -> str:
-    return f"{int(seconds) // 60}:{int(seconds) % 60:02d}"
