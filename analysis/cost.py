@@ -57,7 +57,11 @@ class ParameterCount:
 
 
 def count_parameters(config: Any) -> ParameterCount:
-    """Unique parameters of the causal language model of `config` (routed or vanilla)."""
+    """Unique parameters of the causal language model of `config` (routed, vanilla or JRT-RNN)."""
+    if config.model_type == "jrt":
+        from .jrt_cost import jrt_parameters  # which needs the classes of this module
+
+        return jrt_parameters(config)
     d = config.hidden_size
     embedding = config.vocab_size * d
     physical = getattr(config, "num_physical_layers", config.num_hidden_layers)
@@ -136,13 +140,20 @@ def full_routing(config: Any, tokens: int, past: int = 0) -> RowRouting:
     return RowRouting(tokens, (tokens,) * passes, past, (past,) * passes)
 
 
-def training_routing(config: Any, tokens: int) -> RowRouting:
-    """A row of `tokens` in training: top-k for expert choice (MoR, section 2.2.1), balanced token choice."""
+def training_routing(config: Any, tokens: int, warmth: float = 0.0) -> RowRouting:
+    """A row of `tokens` in training: top-k for expert choice (MoR, section 2.2.1), balanced token choice.
+
+    Args:
+        config: a routed or a vanilla configuration.
+        tokens: of the row.
+        warmth: how far the capacities are still raised by `capacity_warmup_steps`: 1 at its begin, 0 after it.
+    """
     multiple = getattr(config, "capacity_multiple", 1)
     first = getattr(config, "always_route_first", 0)
     loads = []
     for routed_pass in passes_of(config):
-        count = max(1, int(routed_pass.share * tokens))
+        share = routed_pass.share + (1 - routed_pass.share) * warmth
+        count = max(1, int(share * tokens))
         loads.append(min(max(-(-count // multiple) * multiple, first), tokens))
     return RowRouting(tokens, tuple(loads), 0, (0,) * len(loads))
 
@@ -222,6 +233,8 @@ class FlopCount:
         routers: routers, and predictors with them.
         head: language-model head.
         recursions: low-rank differences of the recursions of a MoR.
+        linear_attention: of JRT-RNN: prefix linear attention, between its projections.
+        conv: of JRT-RNN: taps of the short convolutions.
     """
 
     projections: float = 0
@@ -230,6 +243,8 @@ class FlopCount:
     routers: float = 0
     head: float = 0
     recursions: float = 0
+    linear_attention: float = 0
+    conv: float = 0
 
     @property
     def total(self) -> float:
@@ -242,10 +257,14 @@ def forward_flops(config: Any, routing: RowRouting, logits: int | None = None) -
     Experts count as chosen without preference where some are no-op experts, see `mlp_weights`.
 
     Args:
-        config: a routed or a vanilla configuration of a supported family.
+        config: a routed or a vanilla configuration of a supported family, or a JRT-RNN's, see `jrt_cost`.
         routing: how many tokens enter each pass.
         logits: positions the head computes; all columns by default, 1 in a decode step, 0 without a head.
     """
+    if config.model_type == "jrt":
+        from .jrt_cost import jrt_flops
+
+        return jrt_flops(config, routing.tokens, routing.past, logits=logits)
     positions = routing.tokens if logits is None else logits
     return _flops(config, slot_loads(config, routing), routing.tokens, routing.entered, positions)
 

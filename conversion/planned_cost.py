@@ -4,14 +4,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from transformers.configuration_utils import PreTrainedConfig
 
 from ..analysis.cost import cost_summary, count_parameters, forward_flops, full_routing, kv_bytes
 from ..analysis.recurrent_state import state_bytes
 from ..configuration.configuration_jrt import JRTConfig
 from ..configuration.routed_config import RoutedConfig
-from ..modeling.modeling_jrt import JRTForCausalLM
 
 
 @dataclass(frozen=True)
@@ -57,28 +55,29 @@ class RecurrentCost:
         parameters: all of them; tied ones once.
         non_embedding: parameters without embedding and head.
         state_bytes: of one sequence that is longer than the window.
+        flops_per_token: FLOPs of one decode step behind a window, head included.
     """
 
     parameters: int
     non_embedding: int
     state_bytes: int
+    flops_per_token: float
 
     def figures(self, dtype: str = "") -> dict[str, float]:
         """As in `PlannedCost`."""
         return {
             "parameters": self.parameters,
             "without embedding and head": self.non_embedding,
+            "FLOPs per token": self.flops_per_token,
             f"state bytes per sequence{dtype}": self.state_bytes,
         }
 
 
 def recurrent_cost(config: JRTConfig, bytes_per_value: int) -> RecurrentCost:
     """Cost of a JRT-RNN."""
-    with torch.device("meta"):
-        model = JRTForCausalLM(config)
-    outer = {id(module.weight): module.weight.numel() for module in (model.model.embed_tokens, model.lm_head)}
-    total = sum(parameter.numel() for parameter in model.parameters())
-    return RecurrentCost(total, total - sum(outer.values()), state_bytes(config, bytes_per_value).total)
+    count = count_parameters(config)
+    flops = forward_flops(config, full_routing(config, 1, config.sliding_window), logits=1).total
+    return RecurrentCost(count.total, count.non_embedding, state_bytes(config, bytes_per_value).total, flops)
 
 
 def full_depth_cost(config: PreTrainedConfig, bytes_per_value: int, context: int = 1024) -> PlannedCost:
