@@ -29,6 +29,7 @@ class AttentionContext:
         cache: the adopted cache, or `None`.
         dense_slots: by attention kind, the first cache slot in which every token is stored.
         reads_dense_keys: selected tokens will attend to the keys of dense slots.
+        keeps_step: layers run even if no token enters them, see `ranks_keep_step`.
 
     Attributes:
         columns (`torch.LongTensor` of shape `(seq_len,)`): columns of the new tokens.
@@ -49,8 +50,10 @@ class AttentionContext:
         cache: Cache | None,
         dense_slots: dict[str, int],
         reads_dense_keys: bool,
+        keeps_step: bool = False,
     ):
         self.config = config
+        self.keeps_step = keeps_step
         self.batch_size, self.seq_len = hidden_states.shape[:2]
         self.hidden_states = hidden_states
         self.cache = cache
@@ -143,13 +146,15 @@ class AttentionContext:
         return self._dense_masks[kind]
 
     def select(self, active: torch.Tensor) -> Selection | None:
-        """The selection of the tokens where `active`, of shape `(batch, seq_len)`, is True; `None` for none.
+        """The selection of the tokens where `active`, of shape `(batch, seq_len)`, is True.
+
+        `None` for none, unless the ranks keep in step: then one token stands in.
 
         The one place where routing waits for the device: work can only be skipped once the counts are known.
         """
         counts = [int(active)] if active.numel() == 1 else active.sum(dim=1).tolist()
         if not any(counts):
-            return None
+            return Selection.of_none(self.batch_size, active.device) if self.keeps_step else None
         if min(counts) < self.seq_len:
             return Selection.of_some(active, counts)
         if self._selection_of_all is None:

@@ -19,6 +19,7 @@ from transformers.modeling_utils import PreTrainedModel
 
 from .cache_naming import CACHE
 from .module_mixins import NoOpExperts, mix_in
+from .parallel_checks import TensorParallelChecks
 
 
 @dataclass(frozen=True)
@@ -171,17 +172,22 @@ def rotary_embeddings(
     return dict.fromkeys(kinds, rotary(hidden_states, position_ids=position_ids))
 
 
-class BackbonePreTrainedModel(PreTrainedModel):
+class BackbonePreTrainedModel(TensorParallelChecks, PreTrainedModel):
     """What every architecture on a vanilla backbone tells transformers."""
 
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
     _skip_keys_device_placement = [CACHE, "shared_kv"]
+    # of a model those of its own family, which engines look for by name
     _no_split_modules = sorted({f"{family.prefix}DecoderLayer" for family in FAMILIES.values()})
     _can_compile_fullgraph = True
     _supports_attention_backend = True
     _supports_flash_attn = True
     _supports_flex_attn = True
+
+    def __init__(self, config: PreTrainedConfig, *args: Any, **kwargs: Any):
+        super().__init__(config, *args, **kwargs)
+        self._no_split_modules = [f"{family_of(config).prefix}DecoderLayer"]
 
     @classmethod
     def _can_set_experts_implementation(cls) -> bool:

@@ -7,6 +7,7 @@ from torch import nn
 
 from ..configuration.routed_config import RoutedPass
 from .attention_context import AttentionContext
+from .process_ranks import join_ranks, sum_over_ranks
 from .router_loss import RouterLossTerms, membership_loss, z_loss
 from .token_routing import (
     RouterBank,
@@ -163,18 +164,13 @@ class ExpertChoice:
 
     @torch.no_grad()
     def _follow_edge(self, router: int, logits: torch.Tensor, candidates: torch.Tensor, members: torch.Tensor) -> None:
-        """Moves the running mean of the score at the edge of the top-k, over all ranks.
+        """Moves the running mean of the score at the edge of the top-k, that of the tokens of all ranks together.
 
         Tokens that enter whatever they score are left out: the threshold has to let in the rest of the capacity.
         """
         if self.forced is not None:
             candidates, members = candidates & ~self.forced, members & ~self.forced
-        edges, ranks = logits.new_zeros(2).unbind()
-        if candidates.any():
-            edges, ranks = top_k_edge(logits, candidates, members), logits.new_ones(())
-        total = torch.stack([edges, ranks])
-        if torch.distributed.is_available() and torch.distributed.is_initialized():
-            torch.distributed.all_reduce(total)
-        if total[1] > 0:
-            mean, edge, decay = self.model.threshold_ema[router], total[0] / total[1], self.config.ema_decay
+        scores, count = join_ranks(logits[candidates]), int(sum_over_ranks(members.sum()))
+        if len(scores):
+            mean, edge, decay = self.model.threshold_ema[router], top_k_edge(scores, count), self.config.ema_decay
             mean.copy_(torch.where(mean == UNSET_THRESHOLD, edge, decay * mean + (1 - decay) * edge))

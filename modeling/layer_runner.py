@@ -233,7 +233,7 @@ class LayerRunner:
         context = self.context
         query_columns = selection.pick_columns(context.columns)
         plan = None
-        if shared is None and self.cache is not None:
+        if shared is None and self.cache is not None and not selection.stands_in:
             slot_layer = self.cache.layers[group.slots[0]]
             assert isinstance(slot_layer, DepthLayer)
             plan = slot_layer.index.reserve(selection, context.columns)
@@ -246,11 +246,20 @@ class LayerRunner:
                 elif plan is not None:
                     mask = context.routed_mask(kind, selection.rows, query_columns, plan.key_columns, plan.key_valid)
                 else:
-                    mask = context.routed_mask(kind, selection.rows, query_columns, query_columns, selection.valid)
+                    mask = context.routed_mask(
+                        kind,
+                        selection.rows,
+                        query_columns,
+                        query_columns,
+                        selection.valid,
+                        sees_itself=selection.stands_in,
+                    )
                 inputs[kind] = mask, context.selected_rotary(kind, selection)
             return inputs[kind]
 
-        view = self._view(group, plan, shared, None if selection.all_rows else selection.rows)
+        view = None
+        if shared is not None or plan is not None:
+            view = self._view(group, plan, shared, None if selection.all_rows else selection.rows)
         return Attending(view, inputs_of, self._attention_place(selection, plan, shared is not None))
 
     def _masked_attention(self, group: LayerGroup, active: torch.Tensor, shared: SharedKeyValues | None) -> Attending:

@@ -29,11 +29,13 @@ from transformers.utils.output_capturing import capture_outputs
 from ..configuration.configuration_jrt import JRTConfig
 from .cache_naming import CACHE, NamedCache, cache_argument
 from .classification_head import ClassificationHead
+from .parallel_checks import TensorParallelChecks
 from .prefix_cache import adopt_state_layers, known_lengths, seen_columns, state_layers
 from .prefix_generation import PrefixGeneration
 from .prefix_loss import prefix_lm_loss, read_prompt_first
 from .prefix_mixers import GatedShortConvolution, PrefixLinearAttention
 from .prefix_tokens import Prefix, find_prefix
+from .process_ranks import number_of_ranks
 from .remote_code import RemoteCodeMixin, register_class_names
 from .short_prompts import pad_short_prompts
 from .window_blocks import Window, attend, make_window
@@ -120,7 +122,7 @@ class JRTDecoderLayer(GradientCheckpointingLayer):
         return self.conv(normed, None if stream.pads_leak else stream.padding, cache)
 
 
-class JRTPreTrainedModel(RemoteCodeMixin, PreTrainedModel):
+class JRTPreTrainedModel(RemoteCodeMixin, TensorParallelChecks, PreTrainedModel):
     config: JRTConfig
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
@@ -249,6 +251,10 @@ class JRTModel(JRTPreTrainedModel):
         prefix = find_prefix(inputs_embeds, padding, prefix_length, encoder_mask, default=self.config.prefix_length)
         if prefix is not None and not self.config.prefix_length:
             raise ValueError("a prefix was given, but `config.prefix_length` is 0: the model is causal.")
+        if prefix is None and self.training and number_of_ranks() > 1 and self.config.prefix_length:
+            # other ranks may have one, and wait for the gradients of its projections
+            mask = torch.zeros(inputs_embeds.shape[:2], dtype=torch.bool, device=inputs_embeds.device)
+            prefix = None if self.config.pads_officially else Prefix(mask, columns=1, lengths=mask.sum(dim=1))
         return prefix
 
 

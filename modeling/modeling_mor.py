@@ -20,6 +20,7 @@ from .generation_guard import RoutedGenerationGuard
 from .heads import CausalLMHead, RoutedClassificationHead
 from .layer_runner import Combine, LayerGroup, Pick
 from .module_mixins import share_key_values
+from .process_ranks import sum_over_ranks
 from .recursion_parameters import RecursionAdapter, vary_by_recursion
 from .remote_code import register_class_names
 from .routed_model import RoutedForward, RoutedModel, RoutedPreTrainedModel
@@ -163,8 +164,7 @@ class Recursion(RoutedForward):
     def _move_balancing_bias(self, number: int, choice: torch.Tensor) -> None:
         """b_i += u sign(mean load - load_i), over all ranks (paper, section 3.2; loss-free balancing)."""
         load = torch.bincount(choice[self.context.valid], minlength=self.config.num_recursions).float()
-        if torch.distributed.is_available() and torch.distributed.is_initialized():
-            torch.distributed.all_reduce(load)
+        load = sum_over_ranks(load)
         bias = self.model.balancing_bias[number]
         bias.add_(self.config.balancing_update_rate * (load.mean() - load).sign())
 

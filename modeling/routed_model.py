@@ -25,6 +25,7 @@ from .expert_choice import RoutingTrace
 from .expert_load import watch_experts
 from .heads import RoutedModelOutputWithPast
 from .layer_runner import LayerRecorder, LayerRunner
+from .process_ranks import ranks_keep_step
 from .remote_code import RemoteCodeMixin
 from .router_loss import RouterLossScale, RouterLossTerms, inject
 from .token_routing import RouterBank
@@ -173,6 +174,7 @@ class RoutedModel:
             cache,
             dense_slots={kind: slot for slot, kind in kinds if slot not in stored_partly},
             reads_dense_keys=any(not p.writes_kv and not p.always for p in passes),
+            keeps_step=ranks_keep_step(self.layers, self.training),
         )
         runner = LayerRunner(self.layers, config, context, cache, recorder, kwargs)
         routing = self.forward_class(self, runner, passes, output_routing)

@@ -14,6 +14,8 @@ from torch import nn
 from torch.nn import functional as F
 from transformers.utils import logging
 
+from .process_ranks import sum_over_ranks
+
 
 logger = logging.get_logger(__name__)
 
@@ -67,11 +69,13 @@ def balancing_loss(probabilities: torch.Tensor, choice: torch.Tensor, valid: tor
         valid (`torch.BoolTensor` of shape `(batch, seq_len)`)
 
     Returns:
-        `torch.Tensor` of shape `(batch, seq_len)`: f of the call times the token's own probabilities.
+        `torch.Tensor` of shape `(batch, seq_len)`: f of the call, over all ranks, times the token's own
+        probabilities.
     """
     depths = probabilities.shape[-1]
     chosen = F.one_hot(choice, depths).to(probabilities.dtype) * valid.unsqueeze(-1)
-    fractions = depths * chosen.sum(dim=(0, 1)) / valid.sum().clamp(min=1)
+    counts = sum_over_ranks(chosen.sum(dim=(0, 1)))
+    fractions = depths * counts / counts.sum().clamp(min=1)
     return (probabilities * fractions).sum(dim=-1)
 
 

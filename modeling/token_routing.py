@@ -52,6 +52,18 @@ class Selection:
         ragged = any(counts[row] != k for row in filled)
         return cls(rows, index, active.gather(1, index) if ragged else None, counts, full=False)
 
+    @classmethod
+    def of_none(cls, batch_size: int, device: torch.device) -> "Selection":
+        """A first token that stands in where none enters but the layers must run: all of it is fill."""
+        first = torch.zeros(1, dtype=torch.long, device=device)
+        nothing = torch.zeros(1, 1, dtype=torch.bool, device=device)
+        return cls(first, first[None], nothing, [0] * batch_size, full=False)
+
+    @property
+    def stands_in(self) -> bool:
+        """No token enters; one is computed for the sake of other ranks, and changes nothing."""
+        return not any(self.counts)
+
     @property
     def all_rows(self) -> bool:
         return len(self.counts) == self.rows.shape[0]
@@ -185,10 +197,9 @@ def _count(tokens: torch.Tensor, documents: torch.Tensor | None) -> torch.Tensor
     return torch.zeros_like(documents).scatter_add_(1, documents, tokens.long()).gather(1, documents)
 
 
-def top_k_edge(scores: torch.Tensor, candidates: torch.Tensor, members: torch.Tensor) -> torch.Tensor:
-    """The score that would let as many candidates of the whole batch in as are members, a scalar; at least one."""
-    ranked = scores[candidates].sort(descending=True).values
-    count = int(members.sum())
+def top_k_edge(scores: torch.Tensor, count: int) -> torch.Tensor:
+    """The threshold, a scalar, that lets in `count` of the scores, of shape `(candidates,)`; at least one."""
+    ranked = scores.sort(descending=True).values
     return (ranked[max(count, 1) - 1] + ranked[min(count, len(ranked) - 1)]) / 2
 
 
