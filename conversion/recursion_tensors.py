@@ -18,7 +18,7 @@ from .layer_maps import LayerMap
 from .tensor_source import TensorSource
 
 
-_ADAPTER = re.compile(r"^(.+)\.recursion_adapter\.(down|up|bias)$")
+_ADAPTER = re.compile(r"^(.+)\.recursion_adapter\.(\w+)_(down|up|bias)$")
 _DEEPER = re.compile(r"^(.+)\.deeper\.(\d+)\.(\w+)$")
 
 
@@ -43,16 +43,17 @@ def relaxed_tensors(
             continue
         replaced, part = layer_map.replaced_sources(int(match[1])), match[2]
         if adapter := _ADAPTER.match(name):
-            matrix = f"{adapter[1]}.weight"
-            stem = adapter[1].removeprefix(f"model.layers.{match[1]}.")
+            linear = f"{adapter[1]}.{adapter[2]}"
+            matrix = f"{linear}.weight"
+            stem = linear.removeprefix(f"model.layers.{match[1]}.")
             if matrix not in factors:
                 sources = [f"model.layers.{i}.{stem}.weight" for i in replaced]
                 factors[matrix] = _Factors(weights, targets[matrix], sources, config.recursion_rank)
-            if adapter[2] == "bias":
+            if adapter[3] == "bias":
                 sources = [f"model.layers.{i}.{stem}.bias" for i in replaced]
-                targets[name] = _bias_differences(name, weights, targets[f"{adapter[1]}.bias"], sources)
+                targets[name] = _bias_differences(name, weights, targets[f"{linear}.bias"], sources)
             else:
-                targets[name] = factors[matrix].target(name, adapter[2])
+                targets[name] = factors[matrix].target(name, adapter[3])
         elif deeper := _DEEPER.match(part):
             source = f"model.layers.{replaced[int(deeper[2]) + 1]}.{deeper[1]}.{deeper[3]}"
             like = targets[f"model.layers.{match[1]}.{deeper[1]}.{deeper[3]}"]
@@ -129,12 +130,13 @@ class MergedRecursions(TensorSource):
     def read(self, name: str, rows: slice = slice(None)) -> torch.Tensor:
         old = self._old_names[name]
         value = self._weights.read(old, rows)
-        stem, _, kind = old.rpartition(".")
+        part, _, kind = old.rpartition(".")
+        own = "{}.recursion_adapter.{}_".format(*part.rpartition(".")[::2])
         recursion = self._recursion(name)
-        if kind == "bias" and (own := f"{stem}.recursion_adapter.bias") in self._weights.infos:
-            difference = self._own(own, recursion)[rows]
-        elif kind == "weight" and f"{stem}.recursion_adapter.up" in self._weights.infos:
-            up, down = (self._own(f"{stem}.recursion_adapter.{factor}", recursion) for factor in ("up", "down"))
+        if kind == "bias" and f"{own}bias" in self._weights.infos:
+            difference = self._own(f"{own}bias", recursion)[rows]
+        elif kind == "weight" and f"{own}up" in self._weights.infos:
+            up, down = self._own(f"{own}up", recursion), self._own(f"{own}down", recursion)
             difference = up[rows] @ down
         else:
             return value

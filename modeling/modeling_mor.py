@@ -201,8 +201,6 @@ class MoRModel(RoutedModel, MoRPreTrainedModel):
             self._keep("balancing_bias", torch.empty(shape, dtype=torch.float32), 0)
         recursive_layers = [self.layers[layer] for block in config.recursive_blocks for layer in block.layers]
         shares_kv = config.kv_mode == "shared"
-        if shares_kv:
-            share_key_values(recursive_layers)
         if config.varies_by_recursion:
             vary_by_recursion(
                 recursive_layers,
@@ -211,6 +209,8 @@ class MoRModel(RoutedModel, MoRPreTrainedModel):
                 norms=config.recursion_norms,
                 reads_shared_kv=shares_kv,
             )
+        if shares_kv:
+            share_key_values(recursive_layers)
         self._end_build()
 
 

@@ -24,8 +24,6 @@ def share_key_values(layers: list[nn.Module]) -> None:
     """
     for layer in layers:
         mix_in(layer.self_attn, _ReadingAttention)
-        for projection in (layer.self_attn.k_proj, layer.self_attn.v_proj):
-            mix_in(projection, _SkippableLinear)
 
 
 def route_part(layer: nn.Module, unit: str, norm_after: str | None) -> None:
@@ -51,8 +49,9 @@ def route_part(layer: nn.Module, unit: str, norm_after: str | None) -> None:
 
 
 def mix_in(module: nn.Module, mixin: type) -> None:
-    """Makes the class of `module` a subclass of `mixin` and of itself."""
-    module.__class__ = _mixed_class(mixin, type(module))
+    """Makes the class of `module` a subclass of `mixin` and of itself; what was mixed in before comes behind."""
+    mixins, module_class = _PARTS_OF.get(type(module), ((), type(module)))
+    module.__class__ = _mixed_class((mixin, *mixins), module_class)
 
 
 @dataclass
@@ -149,47 +148,55 @@ class NoOpExperts:
         return torch.zeros_like(hidden_states).index_add(0, tokens, updates.to(hidden_states.dtype))
 
 
-class _SkippableLinear:
-    """A linear layer that returns zeros, at no cost, while `skipped` is set."""
-
-    skipped = False
-
-    def forward(self, input: torch.Tensor) -> torch.Tensor:
-        if self.skipped:
-            return input.new_zeros(1).expand(*input.shape[:-1], self.out_features)
-        return super().forward(input)
-
-
 class _ReadingAttention:
+    """While it only reads keys and values, its projections to them return zeros at no cost, whatever they are by now:
+    linear layers, quantized ones, or with adapters around them."""
+
+    _reads = False
+
+    @property
+    def k_proj(self) -> Any:
+        return self._unless_reading(self._modules["k_proj"])
+
+    @property
+    def v_proj(self) -> Any:
+        return self._unless_reading(self._modules["v_proj"])
+
+    def _unless_reading(self, projection: nn.Module) -> Any:
+        if not self._reads:
+            return projection
+        return lambda tokens: tokens.new_zeros(1).expand(*tokens.shape[:-1], projection.out_features)
+
     def forward(self, hidden_states: torch.Tensor, *args: Any, shared_kv: Any = None, **kwargs: Any) -> Any:
         if shared_kv is None:
             return super().forward(hidden_states, *args, **kwargs)
         kwargs[CACHE] = shared_kv
-        projections = [p for p in (self.k_proj, self.v_proj) if isinstance(p, _SkippableLinear)]
-        for projection in projections:
-            projection.skipped = shared_kv.reads
+        self._reads = shared_kv.reads
         try:
             return super().forward(hidden_states, *args, **kwargs)
         finally:
-            for projection in projections:
-                projection.skipped = False
+            self._reads = False
 
 
-_MIXED_CLASSES: dict[tuple[type, type], type] = {}
+_MIXED_CLASSES: dict[tuple, type] = {}
+_PARTS_OF: dict[type, tuple[tuple[type, ...], type]] = {}
 
 
-def _mixed_class(mixin: type, module_class: type) -> type:
-    key = mixin, module_class
+def _mixed_class(mixins: tuple[type, ...], module_class: type) -> type:
+    key = mixins, module_class
     if key not in _MIXED_CLASSES:
-        namespace = {"__reduce_ex__": _reduce}
-        _MIXED_CLASSES[key] = type(module_class.__name__, (mixin, module_class), namespace)
+        mixed = type(module_class.__name__, (*mixins, module_class), {"__reduce_ex__": _reduce})
+        _MIXED_CLASSES[key], _PARTS_OF[mixed] = mixed, key
     return _MIXED_CLASSES[key]
 
 
 def _reduce(module: nn.Module, protocol: Any) -> tuple:
-    """Pickles by the two classes, since the mixed one is made at run time."""
-    return _new_mixed, type(module).__bases__, module.__dict__
+    """Pickles by the classes that are mixed, since the mixed one is made at run time."""
+    parts = _PARTS_OF.get(type(module))
+    if parts is None:  # a wrapper has made a class of its own of it
+        return object.__reduce_ex__(module, protocol)
+    return _new_mixed, parts, module.__dict__
 
 
-def _new_mixed(mixin: type, module_class: type) -> nn.Module:
-    return nn.Module.__new__(_mixed_class(mixin, module_class))
+def _new_mixed(mixins: tuple[type, ...], module_class: type) -> nn.Module:
+    return nn.Module.__new__(_mixed_class(mixins, module_class))

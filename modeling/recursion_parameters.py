@@ -2,7 +2,8 @@
 
 A shared matrix W then computes W x + B_r A_r x at recursion r (relaxed recursion, Bae et al., arXiv 2410.20672).
 The recursion comes with the decoder layer's keyword arguments, so that gradient checkpointing recomputes what was
-computed.
+computed. The differences stand beside the linear layers, not in them: whatever PEFT or a quantizer puts in the place
+of a linear layer, or merges into it, is about the shared matrix alone.
 """
 
 import copy
@@ -16,6 +17,11 @@ from transformers import initialization as init
 from .module_mixins import mix_in
 
 
+# linear layers of the families' decoder layers
+_LINEAR_LAYERS = (
+    "q_proj", "k_proj", "v_proj", "qkv_proj", "o_proj",
+    "gate_proj", "up_proj", "gate_up_proj", "down_proj", "c_fc", "c_proj",
+)  # fmt: skip
 # read by the first recursion alone where the keys and values are shared
 KEYS_AND_VALUES = ("k_proj", "v_proj", "k_norm")
 
@@ -33,71 +39,93 @@ def vary_by_recursion(
         reads_shared_kv (`bool`):
             deeper recursions read the keys and values of the first one, so that what makes them varies in nothing.
     """
+    fixed = KEYS_AND_VALUES if reads_shared_kv else ()
     for layer in layers:
-        for name, module in list(layer.named_modules()):
-            once = reads_shared_kv and name.rpartition(".")[2] in KEYS_AND_VALUES
-            if once or not list(module.parameters(recurse=False)):
-                continue
-            if not isinstance(module, nn.Linear):
-                if norms:
-                    module.deeper = nn.ModuleList([copy.deepcopy(module) for _ in range(recursions - 1)])
-                    mix_in(module, _DeeperNorm)
-            elif rank:
-                sizes = module.in_features, module.out_features
-                module.recursion_adapter = RecursionAdapter(recursions, *sizes, rank, bias=module.bias is not None)
-                mix_in(module, _AdaptedLinear)
+        for part in list(layer.modules()):
+            varying = {name: child for name, child in part.named_children() if name not in fixed}
+            linear = {name: child for name, child in varying.items() if isinstance(child, nn.Linear)}
+            if rank and linear:
+                part.recursion_adapter = RecursionAdapter(recursions, rank, linear)
+                mix_in(part, _AdaptedPart)
+            for name, child in varying.items():
+                if norms and name not in linear and list(child.parameters(recurse=False)):
+                    child.deeper = nn.ModuleList([copy.deepcopy(child) for _ in range(recursions - 1)])
+                    mix_in(child, _DeeperNorm)
         mix_in(layer, _RecursiveLayer)
 
 
 class RecursionAdapter(nn.Module):
-    """What each recursion adds to a shared linear layer.
+    """What each recursion adds to the linear layers of an attention or an MLP.
 
     Args:
         recursions: number of recursions.
-        in_features: input width of the linear layer.
-        out_features: output width.
-        rank: of the difference; at most the smaller of the two widths is built.
-        bias: the linear layer has a bias, which then differs too.
+        rank: of the differences; at most the smaller width of a linear layer is built.
+        linear: the linear layers by name; those with a bias differ in it too.
 
-    Parameters (all recursions in one, so that each has a gradient in every step): `down`, A, of shape
-    `(recursions, rank, in_features)`; `up`, B, of shape `(recursions, out_features, rank)`; `bias`, of shape
-    `(recursions, out_features)`.
+    Parameters of the linear layer `up_proj` (all recursions in one, so that each has a gradient in every step):
+    `up_proj_down`, A, of shape `(recursions, rank, in_features)`; `up_proj_up`, B, of shape
+    `(recursions, out_features, rank)`; `up_proj_bias`, of shape `(recursions, out_features)`.
     """
 
-    def __init__(self, recursions: int, in_features: int, out_features: int, rank: int, *, bias: bool):
+    def __init__(self, recursions: int, rank: int, linear: dict[str, nn.Linear]):
         super().__init__()
-        rank = min(rank, in_features, out_features)
-        self.down = nn.Parameter(torch.empty(recursions, rank, in_features))
-        self.up = nn.Parameter(torch.empty(recursions, out_features, rank))
-        self.register_parameter("bias", nn.Parameter(torch.empty(recursions, out_features)) if bias else None)
+        self.names = tuple(linear)
+        for name, layer in linear.items():
+            if name not in _LINEAR_LAYERS:
+                raise ValueError(
+                    f"`recursion_rank` is {rank}, but the linear layer {name!r} is none of "
+                    f"{', '.join(_LINEAR_LAYERS)}; use recursion_rank=0."
+                )
+            leaving, entering = layer.weight.shape
+            inner = min(rank, entering, leaving)
+            for kind, shape in (("down", (inner, entering)), ("up", (leaving, inner)), ("bias", (leaving,))):
+                if kind != "bias" or layer.bias is not None:
+                    self.register_parameter(f"{name}_{kind}", nn.Parameter(torch.empty(recursions, *shape)))
 
     def reset_parameters(self, std: float) -> None:
         """A from N(0, std), and zeros: at first all recursions compute the same."""
-        init.normal_(self.down, std=std)
-        init.zeros_(self.up)
-        if self.bias is not None:
-            init.zeros_(self.bias)
+        for name, parameter in self.named_parameters():
+            if name.endswith("_down"):
+                init.normal_(parameter, std=std)
+            else:
+                init.zeros_(parameter)
 
-    def forward(self, input: torch.Tensor, recursion: int) -> torch.Tensor:
-        """`(..., in_features)` -> `(..., out_features)`."""
-        bias = None if self.bias is None else self.bias[recursion]
-        return F.linear(F.linear(input, self.down[recursion]), self.up[recursion], bias)
+    def forward(self, input: torch.Tensor, name: str, recursion: int) -> torch.Tensor:
+        """`(..., in_features)` -> `(..., out_features)` of the linear layer `name`."""
+        down, up = getattr(self, f"{name}_down")[recursion], getattr(self, f"{name}_up")[recursion]
+        bias = getattr(self, f"{name}_bias", None)
+        return F.linear(F.linear(input, down), up, None if bias is None else bias[recursion])
 
 
 class _Varying:
-    """A part of a layer that knows the recursion of the call."""
+    """A part of a layer that knows the recursion of a running call, and else none."""
 
-    recursion = 0
+    recursion: int | None = None
 
 
-class _AdaptedLinear(_Varying):
-    def forward(self, input: torch.Tensor) -> torch.Tensor:
-        return super().forward(input) + self.recursion_adapter(input, self.recursion)
+class _AdaptedPart(_Varying):
+    """While a call runs, its linear layers come with what the recursion adds to them."""
+
+
+def _with_difference(name: str) -> property:
+    def product(part: Any) -> Any:
+        linear, recursion = part._modules.get(name), part.recursion
+        if linear is None:
+            raise AttributeError(name)
+        if recursion is None or name not in part.recursion_adapter.names:
+            return linear
+        return lambda input: linear(input) + part.recursion_adapter(input, name, recursion)
+
+    return property(product)
+
+
+for _name in _LINEAR_LAYERS:
+    setattr(_AdaptedPart, _name, _with_difference(_name))
 
 
 class _DeeperNorm(_Varying):
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        if self.recursion == 0:
+        if not self.recursion:
             return super().forward(hidden_states)
         return self.deeper[self.recursion - 1](hidden_states)
 
@@ -105,7 +133,11 @@ class _DeeperNorm(_Varying):
 class _RecursiveLayer:
     def forward(self, hidden_states: torch.Tensor, *args: Any, recursion: int, **kwargs: Any) -> torch.Tensor:
         # looked for in every call: PEFT may have wrapped or copied a part
-        for part in self.modules():
-            if isinstance(part, _Varying):
-                part.recursion = recursion
-        return super().forward(hidden_states, *args, **kwargs)
+        parts = [part for part in self.modules() if isinstance(part, _Varying)]
+        for part in parts:
+            part.recursion = recursion
+        try:
+            return super().forward(hidden_states, *args, **kwargs)
+        finally:
+            for part in parts:
+                part.recursion = None

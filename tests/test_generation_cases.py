@@ -388,8 +388,8 @@ def decode(step: Callable[..., Any], model: Any, cache: Any, ids: torch.Tensor) 
 
 
 # Capturing a graph takes seconds: one case per way of routing and of storing.
-COMPILED = ["none", "expert", "expert-predictor", "expert-shared", "token", "gemma2-token", "mod", "mod-attention"]
-COMPILED += ["jrt", "jrt-recurrent"]
+COMPILED = ["none", "expert", "expert-predictor", "expert-shared", "expert-relaxed", "token", "gemma2-token"]
+COMPILED += ["mod", "mod-attention", "jrt", "jrt-recurrent"]
 
 
 @pytest.mark.parametrize("case", COMPILED)

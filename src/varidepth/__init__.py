@@ -1,6 +1,6 @@
 """varidepth: language models whose depth and memory vary per token, for Hugging Face Transformers.
 
-Importing the package registers its architectures with AutoConfig and AutoModel.
+Importing the package registers its architectures with AutoConfig and AutoModel, and with PEFT where that is used.
 """
 
 __version__ = "0.1.0"
@@ -18,6 +18,7 @@ from varidepth.modeling.modeling_mod import MoDForCausalLM, MoDForSequenceClassi
 from varidepth.modeling.modeling_mor import MoRForCausalLM, MoRForSequenceClassification, MoRModel
 from varidepth.modeling.prefix_linear_attention import prefix_linear_attention
 from varidepth.modeling.prefix_mixers import PrefixLinearAttention
+from varidepth.training.peft_defaults import register_peft_defaults
 
 
 def _register() -> None:
@@ -31,6 +32,7 @@ def _register() -> None:
 
 
 _register()
+register_peft_defaults()
 
 __all__ = [
     "JRTConfig",
