@@ -103,13 +103,22 @@ def read_prompt_first(model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> 
     generation: the tokens before the first label, at most `config.prefix_length`.
 
     Raises:
-        ValueError: if there is no prompt, or a given prefix has seen a label's token.
+        ValueError: if there is no prompt, a given prefix has seen a label's token, or the loss is made of logits that
+            were computed without labels.
     """
     labels, longest = kwargs.get("labels"), model.config.prefix_length
-    if not kwargs.get("fused_lm_head") or labels is None or not longest:
-        return None
-    mask = kwargs.get("attention_mask")
     given = {name: kwargs[name] for name in ("prefix_length", "encoder_mask") if kwargs.get(name) is not None}
+    if not kwargs.get("fused_lm_head") or labels is None or not longest:
+        if not torch.compiler.is_compiling():
+            blind = model.training and torch.is_grad_enabled() and labels is None and not given
+            model.__dict__["_read_without_labels"] = blind
+        return None
+    if model.__dict__.pop("_read_without_labels", False):
+        raise ValueError(
+            "the trainer makes its loss of logits that were computed without labels, so that the prefix may have seen "
+            "their tokens; leave `label_smoothing_factor` and `compute_loss_func` out."
+        )
+    mask = kwargs.get("attention_mask")
     learned = labels.ne(IGNORED)
     if given:
         shift_labels = F.pad(labels[:, 1:], (0, 1), value=IGNORED)
@@ -124,7 +133,7 @@ def read_prompt_first(model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> 
     if mask is not None:
         prompt = prompt & mask.bool()
     lengths = prompt.sum(dim=1)
-    if bool((learned.any(dim=1) & lengths.eq(0)).any()):
+    if not torch.compiler.is_compiling() and bool((learned.any(dim=1) & lengths.eq(0)).any()):
         raise ValueError(
             "a row is learned from its first token on, so that it has no prompt which could be the prefix; give rows "
             "of `prompt` and `completion`, or use `Trainer` with `JRTCollator` for plain text."

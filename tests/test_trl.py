@@ -309,6 +309,7 @@ def test_sft_of_jrt_reads_the_prompt_first(tmp_path):
     ("dataset", "settings", "message"),
     [
         (lambda: rows_for(SFTTrainer), {}, "give rows of `prompt` and `completion`"),
+        (prompted, {"completion_only_loss": True, "label_smoothing_factor": 0.1}, "leave `label_smoothing_factor`"),
         (
             prompted,
             {"completion_only_loss": True, "packing": True, "max_length": sum(LENGTHS)},
