@@ -58,6 +58,20 @@ def load_checkpoint(
     return model.to("cpu" if on_cpu else "cuda").eval(), tokenizer
 
 
+def load_teacher(source: str, *, revision: str | None = None) -> Any:
+    """The vanilla model that a checkpoint was made of, in eval mode: of a folder, a Hub id or a GGUF file.
+
+    Raises:
+        ValueError: if it cannot be found or read, or is of another family.
+    """
+    checkpoint = open_source(Path(source) if Path(source).exists() else source, revision=revision, allowed=_VANILLA)
+    if checkpoint.gguf is None:
+        return load_checkpoint(source, revision=revision)[0]
+    path = checkpoint.gguf
+    model: Any = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32)
+    return model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
+
+
 def _require_operating_point(name: str, config: Any, compute: float) -> None:
     if not isinstance(config, RoutedConfig):
         raise ValueError(
@@ -85,4 +99,5 @@ def _require_all_weights(name: str, info: dict[str, Any]) -> None:
             )
 
 
-_ALLOWED = (*ARCHITECTURES, *BACKBONES, *MOE_BACKBONES)
+_VANILLA = (*BACKBONES, *MOE_BACKBONES)
+_ALLOWED = (*ARCHITECTURES, *_VANILLA)

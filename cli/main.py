@@ -16,6 +16,7 @@ COMMANDS = {
     "unroll": ("unroll_command", "make a vanilla checkpoint of a MoR or MoD, where that is exact"),
     "inspect": ("inspect_command", "show structure, parameters and costs of a checkpoint"),
     "depth-map": ("depth_map_command", "show the depth of every token of a text"),
+    "heal": ("heal_command", "teach a converted model by its source what the conversion lost"),
     "calibrate": ("calibrate_command", "set the thresholds of the routers on a text"),
     "perplexity": ("perplexity_command", "measure the loss on held-out text"),
     "env": ("env_command", "show versions and hardware, for bug reports"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from transformers.modeling_outputs import CausalLMOutput
 from ..modeling.decoder_backbone import FAMILIES
 from ..modeling.heads import CausalLMHead, RoutedCausalLMOutputWithPast
 from .distillation_loss import Head, chunked_distillation_loss
+from .schedules import Schedule, value_at
 
 
 class DistillationTrainer(Trainer):
@@ -31,9 +33,10 @@ class DistillationTrainer(Trainer):
     Args:
         teacher (`PreTrainedModel`): a causal language model with the student's vocabulary. It is frozen, set to eval
             mode and moved to the trainer's device; it does not have to be of the student's family.
-        distillation_weight: share of the KL term, 0 to 1.
+        distillation_weight: share of the KL term, 0 to 1, or a function of the progress (see `schedules`).
         temperature: of the KL term, above 0.
         chunk: tokens whose logits exist at one time.
+        clock: the progress that schedules follow, 0 to 1; by default the share of the steps.
         args, kwargs: of `Trainer`.
 
     Raises:
@@ -45,13 +48,14 @@ class DistillationTrainer(Trainer):
         self,
         *args: Any,
         teacher: PreTrainedModel,
-        distillation_weight: float = 1.0,
+        distillation_weight: Schedule = 1.0,
         temperature: float = 1.0,
         chunk: int = 512,
+        clock: Callable[[], float] | None = None,
         **kwargs: Any,
     ):
         super().__init__(*args, **kwargs)
-        if not 0.0 <= distillation_weight <= 1.0:
+        if not callable(distillation_weight) and not 0.0 <= distillation_weight <= 1.0:
             raise ValueError(f"distillation_weight={distillation_weight} is not a share: give a number from 0 to 1.")
         if not temperature > 0.0:
             raise ValueError(f"temperature={temperature} divides the logits: give a number above 0.")
@@ -67,7 +71,7 @@ class DistillationTrainer(Trainer):
                 f"{self.args.n_gpu} GPUs in one process would copy the model at every step: start one process per GPU "
                 "with torchrun or accelerate, or set CUDA_VISIBLE_DEVICES to one."
             )
-        student = _innermost(self.model)
+        student = innermost(self.model)
         sizes = [model.config.get_text_config().vocab_size for model in (teacher, student)]
         if sizes[0] != sizes[1]:
             raise ValueError(
@@ -77,6 +81,7 @@ class DistillationTrainer(Trainer):
         self.teacher = teacher.eval().requires_grad_(False).to(self.args.device)
         self.distillation_weight = distillation_weight
         self.temperature = temperature
+        self.clock = clock
         self.chunk = chunk
         self._teacher_head = logits_of(self.teacher)
         self._student_head = logits_of(student)
@@ -101,7 +106,7 @@ class DistillationTrainer(Trainer):
             raise ValueError(
                 "The batch has no `labels`: add them (a copy of `input_ids`, -100 where nothing is learned)."
             )
-        with exchanged_forward(_innermost(model), self._distillation_forward):
+        with exchanged_forward(innermost(model), self._distillation_forward):
             outputs = model(**inputs, num_items_in_batch=num_items_in_batch)
         loss = outputs.loss * self._world_scale(num_items_in_batch)
         return (loss, outputs) if return_outputs else loss
@@ -120,28 +125,39 @@ class DistillationTrainer(Trainer):
         **inputs: Any,
     ) -> RoutedCausalLMOutputWithPast | CausalLMOutput:
         inputs.pop("return_dict", None)
+        wanted = self._wanted_outputs(student)
         with torch.no_grad():
-            teacher_hidden = backbone_of(self.teacher)(**inputs, use_cache=False).last_hidden_state
+            teacher_outputs = backbone_of(self.teacher)(**inputs, use_cache=False, **wanted)
+        teacher_hidden = teacher_outputs.last_hidden_state
         targets = nn.functional.pad(labels[:, 1:], (0, 1), value=-100)
         items = targets.ne(-100).sum().clamp(min=1) if num_items_in_batch is None else num_items_in_batch
         own: dict[str, Any] = {}
         if isinstance(student, CausalLMHead):
-            own = {"adds_router_loss": True, "num_items_in_batch": items}
-        outputs = backbone_of(student)(**inputs, **own, use_cache=False)
-        loss, cross_entropy, kl = chunked_distillation_loss(
-            outputs.last_hidden_state.flatten(0, 1),
-            teacher_hidden.flatten(0, 1),
-            targets.flatten(),
-            self._student_head,
-            self._teacher_head,
-            tuple(student.get_output_embeddings().parameters()),
-            weight=self.distillation_weight,
-            temperature=self.temperature,
-            chunk=self.chunk,
-        )
-        loss = loss / items
+            own = {"adds_router_loss": True, "num_items_in_batch": items, "output_routing": bool(wanted)}
+        outputs = backbone_of(student)(**inputs, **own, use_cache=False, **wanted)
+        head = student.get_output_embeddings()
+        logits = partial(self._student_head, project=head.forward)
+
+        def chunked_loss(head: nn.Module, hidden_states: torch.Tensor) -> tuple[torch.Tensor, ...]:
+            return chunked_distillation_loss(
+                hidden_states,
+                teacher_hidden.flatten(0, 1),
+                targets.flatten(),
+                logits,
+                self._teacher_head,
+                tuple(head.parameters()),
+                weight=self._now(self.distillation_weight),
+                temperature=self.temperature,
+                chunk=self.chunk,
+            )
+
+        # the head's own call, so that engines that divide its weights gather them once for all chunks
+        with exchanged_forward(head, chunked_loss):
+            loss, cross_entropy, kl = head(outputs.last_hidden_state.flatten(0, 1))
+        further, sums = self._further_loss(outputs, teacher_outputs, targets.ne(-100))
+        loss = (loss + further) / items
         aux_loss = getattr(outputs, "aux_loss", None)
-        parts = {"ce": cross_entropy / items, "kl": kl / items}
+        parts = {name: value / items for name, value in {"ce": cross_entropy, "kl": kl, **sums}.items()}
         if aux_loss is not None:
             loss = loss + aux_loss
             parts["router_loss"] = aux_loss.detach()
@@ -150,6 +166,25 @@ class DistillationTrainer(Trainer):
         if aux_loss is None:
             return CausalLMOutput(loss=loss)
         return RoutedCausalLMOutputWithPast(loss=loss, aux_loss=aux_loss)
+
+    def _now(self, schedule: Schedule) -> float:
+        return value_at(schedule, self.progress())
+
+    def progress(self) -> float:
+        """Share of the training that is over, which schedules follow: of the steps, or of the time with a clock."""
+        if self.clock is not None:
+            return self.clock()
+        return min(1.0, self.state.global_step / max(self.state.max_steps, 1))
+
+    def _wanted_outputs(self, student: PreTrainedModel) -> dict[str, Any]:
+        """What else both models shall give."""
+        return {}
+
+    def _further_loss(
+        self, outputs: Any, teacher_outputs: Any, known: torch.Tensor
+    ) -> tuple[torch.Tensor | float, dict[str, torch.Tensor]]:
+        """A sum over the tokens in `known`, `(batch, seq_len)`, to be added to the loss, and its parts for the log."""
+        return 0.0, {}
 
     def _note(self, parts: dict[str, torch.Tensor], summed: bool) -> None:
         """Collects the parts of the loss; divided by the items of the step they add up, else they are averaged."""
@@ -167,7 +202,7 @@ class DistillationTrainer(Trainer):
         super().log(logs, start_time)
 
 
-def _innermost(model: Any) -> PreTrainedModel:
+def innermost(model: Any) -> PreTrainedModel:
     """The model itself, without DDP, torch.compile and PEFT around it."""
     while hasattr(model, "module") or hasattr(model, "_orig_mod"):
         model = model.module if hasattr(model, "module") else model._orig_mod
@@ -179,8 +214,10 @@ def backbone_of(model: PreTrainedModel) -> nn.Module:
     return getattr(model, model.base_model_prefix)
 
 
-def logits_of(model: PreTrainedModel) -> Head:
+def logits_of(model: PreTrainedModel) -> Callable[..., torch.Tensor]:
     """A function from the hidden states that the head reads to logits, as `model` itself computes them.
+
+    Its argument `project` stands for the head's own call.
 
     Raises:
         ValueError: for a model without a head, or one of a family that this package does not know.
@@ -193,9 +230,9 @@ def logits_of(model: PreTrainedModel) -> Head:
         )
     finish = FAMILIES[name].finish_logits
 
-    def head(hidden_states: torch.Tensor) -> torch.Tensor:
+    def head(hidden_states: torch.Tensor, project: Head | None = None) -> torch.Tensor:
         # looked up at each call, since adapters replace it
-        logits = model.get_output_embeddings()(hidden_states)
+        logits = (project or model.get_output_embeddings())(hidden_states)
         return logits if finish is None else finish(model.config, logits)
 
     return head

@@ -1,0 +1,349 @@
+"""Healing: states drawn to the teacher's, routing after depth, layers fitted or drawn together before they are one."""
+
+import copy
+
+import pytest
+import torch
+from real_text import save_source, source_config, text_blocks
+from tiny_families import tiny_mor, vanilla_of
+from transformers import AutoModelForCausalLM, LlamaForCausalLM, TrainerCallback, TrainingArguments
+
+from varidepth import MoDConfig, MoDForCausalLM, MoRConfig, MoRForCausalLM
+from varidepth.conversion.convert import convert
+from varidepth.training.distillation import DistillationTrainer
+from varidepth.training.fitted_start import FITTED_BACKBONES, fit_shared_layers
+from varidepth.training.healing import CapacityAnnealing, HealingTrainer, relative_groups
+from varidepth.training.hidden_matching import hidden_distance, matched_states
+from varidepth.training.progressive_sharing import ProgressiveSharing, load_shared
+from varidepth.training.schedules import Ramp, value_at
+
+
+@pytest.fixture(scope="module")
+def source_folder(tmp_path_factory):
+    return save_source(tmp_path_factory.mktemp("healing") / "source")
+
+
+@pytest.fixture
+def source(source_folder):
+    return LlamaForCausalLM.from_pretrained(source_folder)
+
+
+@pytest.fixture(scope="module")
+def converted(source_folder, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("healing") / "mor"
+    convert(source_folder, folder, num_recursions=2, quiet=True)
+    return folder
+
+
+def arguments(folder, **fields):
+    settings = {
+        "max_steps": 8,
+        "per_device_train_batch_size": 4,
+        "learning_rate": 3e-3,
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "report_to": "none",
+        "use_cpu": True,
+        "disable_tqdm": True,
+        "seed": 0,
+    }
+    return TrainingArguments(output_dir=str(folder / "trainer"), **{**settings, **fields})
+
+
+def config(**fields):
+    return MoRConfig.from_backbone(source_config(), num_recursions=2, **fields)
+
+
+def test_states_are_compared_at_the_boundaries_of_the_recursions():
+    student, teacher = config(), source_config()
+    assert matched_states(student, teacher) == [(1, 1, None), (3, 3, 0), (5, 5, 1)]
+    assert matched_states(config(sharing="middle_sequence"), teacher) == [
+        (1, 1, None),
+        *((i, i, i - 2) for i in range(2, 6)),
+    ]
+    assert [pair[0] for pair in matched_states(student, teacher, "all")] == [1, 2, 3, 4, 5]
+    deeper = source_config(num_hidden_layers=12)
+    assert [pair[1] for pair in matched_states(student, deeper)] == [2, 6, 10]
+    mod = MoDConfig.from_backbone(source_config(), capacity=0.5)
+    assert {entry for entry, _, number in matched_states(mod, teacher) if number is not None} <= {
+        slot + 1 for p in mod.routed_passes for slot in p.slots
+    }
+    with pytest.raises(ValueError, match="must be one of 'boundaries', 'all'"):
+        matched_states(student, teacher, "some")
+
+
+def test_distance_is_relative_to_each_token_and_leaves_out_who_did_not_enter():
+    torch.manual_seed(0)
+    student, teacher = (tuple(torch.randn(2, 5, 8) for _ in range(3)) for _ in range(2))
+    mask = torch.rand(2, 5, 1) < 0.5
+    found = hidden_distance(student, teacher, [(1, 1, None), (2, 2, 0)], mask)
+    for row in range(2):
+        for t in range(5):
+            parts = [
+                float(((student[i][row, t] - teacher[i][row, t]) ** 2).sum() / (teacher[i][row, t] ** 2).sum())
+                for i in (1, 2)
+            ]
+            expected = (parts[0] + (parts[1] if mask[row, t, 0] else 0.0)) / 2
+            assert float(found[row, t]) == pytest.approx(expected, rel=1e-5)
+    with pytest.raises(ValueError, match="8 values and the teacher's 4"):
+        hidden_distance(student, tuple(s[..., :4] for s in teacher), [(1, 1, None)])
+
+
+def test_schedules():
+    ramp = Ramp(10.0, 2.0, begin=0.25, end=0.75)
+    assert [ramp(p) for p in (0, 0.25, 0.5, 0.75, 1)] == [10, 10, pytest.approx(6.0), 2, 2]
+    assert value_at(3, 0.5) == 3.0 and value_at(ramp, 1.0) == 2.0
+    with pytest.raises(ValueError, match="0 <= begin <= end <= 1"):
+        Ramp(1, 0, 0.7, 0.2)
+
+
+def test_healing_draws_the_states_to_the_teachers(converted, source, tmp_path):
+    found = {}
+    for weight in (0.0, 30.0):
+        model = AutoModelForCausalLM.from_pretrained(converted)
+        model.config.capacities = [1.0, 1.0]
+        trainer = HealingTrainer(
+            model=model, teacher=copy.deepcopy(source), args=arguments(tmp_path), train_dataset=text_blocks(),
+            hidden_weight=weight,
+        )  # fmt: skip
+        trainer.train()
+        found[weight] = trainer.state.log_history
+        with torch.no_grad():
+            ids = text_blocks().blocks[-4:]
+            states = [m.model(ids, output_hidden_states=True).hidden_states for m in (model.eval(), source)]
+            found[weight, "distance"] = float(
+                hidden_distance(*states, matched_states(model.config, source.config)).mean()
+            )
+    assert "hidden" not in found[0.0][0]
+    logs = [entry for entry in found[30.0] if "hidden" in entry]
+    assert logs[-1]["hidden"] < logs[0]["hidden"]
+    assert found[30.0, "distance"] < found[0.0, "distance"]
+    # the logged loss is the whole of it
+    assert logs[0]["loss"] == pytest.approx(logs[0]["kl"] + 30 * logs[0]["hidden"] + logs[0]["router_loss"], rel=1e-3)
+
+
+def test_accumulated_hidden_distance_is_that_of_one_batch(converted, source, tmp_path):
+    found = []
+    for accumulation in (1, 4):
+        model = AutoModelForCausalLM.from_pretrained(converted)
+        seen = {}
+
+        def keep(optimizer, args, kwargs, model=model, seen=seen):
+            seen.update({n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None})
+
+        args = arguments(
+            tmp_path, max_steps=1, max_grad_norm=0.0, gradient_accumulation_steps=accumulation,
+            per_device_train_batch_size=4 // accumulation,
+        )  # fmt: skip
+        trainer = HealingTrainer(model=model, teacher=copy.deepcopy(source), args=args, train_dataset=text_blocks())
+        trainer.create_optimizer().register_step_pre_hook(keep)
+        trainer.train()
+        found.append(seen)
+    for name, gradient in found[0].items():
+        assert (found[1][name] - gradient).norm() <= 1e-4 * gradient.norm() + 1e-9, name
+
+
+def test_weights_of_a_schedule_follow_the_steps(converted, source, tmp_path):
+    trainer = HealingTrainer(
+        model=AutoModelForCausalLM.from_pretrained(converted), teacher=source, train_dataset=text_blocks(),
+        args=arguments(tmp_path, max_steps=4), hidden_weight=Ramp(8.0, 0.0, 0.0, 0.5),
+        distillation_weight=Ramp(1.0, 0.5),
+    )  # fmt: skip
+    trainer.train()
+    logs = trainer.state.log_history
+    assert ["hidden" in entry for entry in logs[:4]] == [True, True, False, False]
+
+
+def test_every_parameter_moves_by_the_same_share(source):
+    groups = relative_groups(source, 1e-2)
+    assert {p for group in groups for p in group["params"]} == set(source.parameters())
+    for group in groups:
+        values = torch.cat([p.detach().flatten() for p in group["params"]])
+        assert group["lr"] == pytest.approx(1e-2 * float(values.square().mean().sqrt()), rel=1e-4)
+    queries = [layer.self_attn.q_proj.weight for layer in source.model.layers]
+    assert any(list(map(id, group["params"])) == list(map(id, queries)) for group in groups)
+    for weight in queries:
+        weight.data.zero_()
+    assert min(group["lr"] for group in relative_groups(source, 1e-2)) > 0
+
+
+@pytest.mark.parametrize("kind", ["mor", "mod"])
+def test_routing_comes_after_depth(kind, source_folder, source, tmp_path):
+    fields = {"num_recursions": 2} if kind == "mor" else {"capacity": 0.5, "routing_unit": "attention"}
+    convert(source_folder, tmp_path / kind, to=kind, quiet=True, **fields)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / kind)
+    wanted = list(model.config.capacities)
+    trainer = HealingTrainer(
+        model=model, teacher=source, args=arguments(tmp_path, max_steps=10), train_dataset=text_blocks()
+    )
+    sample = text_blocks().blocks[:8].split(4)
+    annealing = CapacityAnnealing(trainer, sample, begin=0.5, end=0.8)
+    annealing.attach()
+    seen = []
+    model.register_forward_pre_hook(lambda m, args, kwargs: seen.append(sum(m.config.capacities)), with_kwargs=True)
+    routers = model.model.routers.weight.detach().clone()
+    trainer.train()
+    training = seen[-10:] if kind == "mor" else [s for s in seen if s]
+    assert training[0] == len(wanted) and training[-1] < len(wanted)
+    assert sum(model.config.capacities) == pytest.approx(sum(annealing.wanted))
+    assert not torch.equal(model.model.routers.weight, routers)
+    with torch.no_grad():
+        depth = model.eval()(text_blocks().blocks[:8], output_routing=True).routing_mask.float().mean()
+    assert depth < 1
+
+
+def test_layers_drawn_together_end_as_one(converted, source, tmp_path):
+    shared = AutoModelForCausalLM.from_pretrained(converted)
+    unrolled = copy.deepcopy(source)
+    trainer = DistillationTrainer(
+        model=unrolled, teacher=source, args=arguments(tmp_path, max_steps=10), train_dataset=text_blocks()
+    )
+    sharing = ProgressiveSharing(trainer, shared.config.physical_layers, end=0.7)
+    sharing.attach()
+    layers = unrolled.model.layers
+    begin = (layers[1].mlp.up_proj.weight - layers[3].mlp.up_proj.weight).detach().norm()
+    with pytest.raises(ValueError, match=r"Layer 3 differs in .* from the layer that it is to be one with"):
+        load_shared(shared, unrolled)
+    distances = []
+
+    def measure():
+        distances.append(float((layers[1].mlp.up_proj.weight - layers[3].mlp.up_proj.weight).detach().norm() / begin))
+
+    trainer.add_callback(AfterStep(measure))
+    trainer.train()
+    assert 0.7 < distances[0] < 1 and all(a >= b for a, b in zip(distances, distances[1:], strict=False))
+    assert distances[6:] == [0.0] * 4
+    load_shared(shared, unrolled)
+    shared.config.capacities = [1.0, 1.0]
+    ids = text_blocks().blocks[:2]
+    with torch.no_grad():
+        assert torch.equal(shared.eval()(ids).logits, unrolled.eval()(ids).logits)
+
+
+class AfterStep(TrainerCallback):
+    def __init__(self, call):
+        self.call = call
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self.call()
+
+
+SHARINGS = ("cycle", "middle_cycle", "middle_sequence")
+
+
+def shared_model(source, sharing, **fields):
+    torch.manual_seed(3)
+    settings = {"num_recursions": 2, "sharing": sharing, "routing": "none", **fields}
+    model = MoRForCausalLM(MoRConfig.from_backbone(source.config, **settings)).eval()
+    weights = source.state_dict()
+    first = {layer: slot for slot, layer in reversed(list(enumerate(model.config.physical_layers)))}
+    for name in model.state_dict():
+        if name.startswith("model.layers."):
+            layer, _, rest = name.removeprefix("model.layers.").partition(".")
+            model.state_dict()[name].copy_(weights[f"model.layers.{first[int(layer)]}.{rest}"])
+        else:
+            model.state_dict()[name].copy_(weights[name])
+    return model
+
+
+def distance_at_the_end(model, source, ids):
+    with torch.no_grad():
+        states = [m.model(ids, output_hidden_states=True).hidden_states for m in (model, source)]
+    return float(hidden_distance(*states, matched_states(model.config, source.config, "all")[-1:]).mean())
+
+
+@pytest.mark.parametrize("sharing", SHARINGS)
+def test_fitted_layers_follow_the_source(sharing, source):
+    """On text that the fit has not seen, before the last layer."""
+    model = shared_model(source, sharing)
+    held_out = text_blocks().blocks[-16:]
+    before = distance_at_the_end(model, source, held_out)
+    fit_shared_layers(model, source, text_blocks().blocks[:-16].split(16), sweeps=2, compose=False)
+    assert distance_at_the_end(model, source, held_out) < 0.95 * before
+
+
+@pytest.mark.parametrize("compose", [True, False])
+def test_solution_is_the_best_one(compose, source):
+    """No small step of the last fitted matrix brings the stream nearer to the source's, token for token."""
+    model = shared_model(source, "middle_cycle")
+    ids = text_blocks().blocks[:64]
+    report = fit_shared_layers(model, source, [ids], sweeps=1, compose=compose, ridge=1e-9)
+    layer = model.model.layers[report[-1].layer]
+    writer = layer.mlp.down_proj
+    seen = {}
+    hooks = [
+        writer.register_forward_pre_hook(lambda module, args: seen.update(features=args[0])),
+        layer.post_attention_layernorm.register_forward_pre_hook(lambda module, args: seen.update(between=args[0])),
+    ]
+    states = source.model(ids, output_hidden_states=True).hidden_states
+    # the first application continues the model's own stream, the second one begins with the source's
+    with torch.no_grad():
+        own = model.model(ids, output_hidden_states=True).hidden_states
+    gradient, size = 0.0, 0.0
+    for slot, entering in ((2, own[2]), (4, _behind_first(model, source, states))):
+        positions = source.model.rotary_emb(entering, torch.arange(ids.shape[1])[None])
+        with torch.no_grad():
+            layer(entering, attention_mask=None, position_embeddings=positions)
+        scale = states[slot + 1].square().sum(-1, keepdim=True).rsqrt()
+        rest = (seen["between"] + writer(seen["features"]) - states[slot + 1]) * scale
+        gradient = gradient + torch.einsum("bth,btf->hf", rest, seen["features"] * scale)
+        size = size + torch.einsum("bth,btf->hf", rest.abs(), (seen["features"] * scale).abs())
+    for hook in hooks:
+        hook.remove()
+    assert gradient.abs().max() < 1e-3 * size.abs().max()
+
+
+@torch.no_grad()
+def _behind_first(model, source, states):
+    """What enters the last shared layer the second time: what the one before makes of the source's stream."""
+    entering = states[3]
+    positions = source.model.rotary_emb(entering, torch.arange(entering.shape[1])[None])
+    return model.model.layers[1](entering, attention_mask=None, position_embeddings=positions)
+
+
+def test_a_layer_is_made_of_heads_and_neurons_of_all_that_it_replaces(source):
+    model = shared_model(source, "middle_cycle")
+    report = fit_shared_layers(model, source, text_blocks().blocks[:64].split(16))
+    assert [one.layer for one in report] == [1, 2]
+    for one in report:
+        slots = {one.layer, one.layer + 2}
+        assert set(one.heads) == set(one.neurons) == slots
+        assert sum(one.neurons.values()) == source.config.intermediate_size
+        made, old = model.model.layers[one.layer], {slot: source.model.layers[slot] for slot in slots}
+        for linear, norm in (("gate_proj", "post_attention_layernorm"), ("up_proj", "post_attention_layernorm")):
+            rows = getattr(made.mlp, linear).weight * getattr(made, norm).weight
+            start = 0
+            for slot, count in one.neurons.items():
+                candidates = getattr(old[slot].mlp, linear).weight * getattr(old[slot], norm).weight
+                nearest = torch.cdist(rows[start : start + count], candidates).min(dim=1)
+                assert nearest.values.max() < 5e-3 and len(set(nearest.indices.tolist())) == count
+                start += count
+        size = source.config.hidden_size // source.config.num_attention_heads
+        for number, slot in enumerate(one.heads):
+            keys = made.self_attn.k_proj.weight[number * size : (number + 1) * size] * made.input_layernorm.weight
+            theirs = (old[slot].self_attn.k_proj.weight * old[slot].input_layernorm.weight).split(size)
+            assert min(float((keys - own).abs().max()) for own in theirs) < 1e-5
+
+
+@pytest.mark.parametrize("family", FITTED_BACKBONES)
+def test_a_model_that_is_exact_already_stays_so(family):
+    """The source's layers are equal where they are shared: the solution is what they are."""
+    model = tiny_mor(family, routing="none", num_recursions=2, num_hidden_layers=6)
+    source = vanilla_of(model)
+    ids = torch.randint(3, source.config.vocab_size, (8, 24), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        expected = source(ids).logits
+        report = fit_shared_layers(model, source, ids.split(4), compose=False)
+        assert max(max(one.error) for one in report) < 1e-9
+        torch.testing.assert_close(model(ids).logits, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_what_cannot_be_fitted_is_refused(source):
+    with pytest.raises(ValueError, match="without repeated layers"):
+        fit_shared_layers(MoDForCausalLM(MoDConfig.from_backbone(source.config)), source, [])
+    model = shared_model(source, "middle_cycle")
+    with pytest.raises(ValueError, match="holds no token"):
+        fit_shared_layers(model, source, [])
+    shallow = LlamaForCausalLM(source_config(num_hidden_layers=4))
+    with pytest.raises(ValueError, match="6 unrolled layers and the source 4"):
+        fit_shared_layers(model, shallow, text_blocks().blocks[:1].split(1))

@@ -1,0 +1,178 @@
+"""Healing: a model that was cut out of its source learns from the source, state by state and token by token.
+
+trainer = HealingTrainer(model, args, teacher=source, hidden_weight=Ramp(10.0, 0.0), train_dataset=stream)
+CapacityAnnealing(trainer, sample, begin=0.6, end=0.9).attach(trainer)  # depth first, then routing
+trainer.train()
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel, TrainerCallback
+
+from .distillation import DistillationTrainer, innermost
+from .hidden_matching import hidden_distance, matched_states
+from .importance_start import start_by_importance
+from .router_start import start_routers
+from .schedules import Ramp, Schedule
+
+
+class HealingTrainer(DistillationTrainer):
+    """`DistillationTrainer` that also draws hidden states to the teacher's, with a learning rate fit for each matrix.
+
+    The loss is that of `DistillationTrainer` plus `hidden_weight` times the squared distance of the states at the
+    boundaries of the recursions, relative to the teacher's (`hidden_matching`), a mean over tokens; the log has it as
+    `hidden`.
+
+    Args:
+        hidden_weight: weight of the distance, or a function of the progress.
+        hidden_states: where states are compared, `boundaries` or `all` layers.
+        teacher, args, kwargs: of `DistillationTrainer` and `Trainer`. Without an optimizer of yours, AdamW gets the
+            groups of `relative_groups`: `args.learning_rate` is then relative to the size of each parameter.
+
+    Raises:
+        ValueError: a weight below 0, or what `DistillationTrainer` refuses.
+    """
+
+    def __init__(
+        self, *args: Any, hidden_weight: Schedule = 10.0, hidden_states: str = "boundaries", **kwargs: Any
+    ) -> None:
+        super().__init__(*args, **kwargs)
+        if not callable(hidden_weight) and hidden_weight < 0:
+            raise ValueError(f"hidden_weight={hidden_weight} would drive the states apart: give 0 or more.")
+        self.hidden_weight = hidden_weight
+        self.hidden_states = hidden_states
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        if self.optimizer is None:
+            trained: Any = self.model if model is None else model
+            kind, options = self.get_optimizer_cls_and_kwargs(self.args, trained)
+            groups = relative_groups(trained, self.args.learning_rate)
+            self.optimizer = kind(groups, **options)
+        return self.optimizer
+
+    def _wanted_outputs(self, student: PreTrainedModel) -> dict[str, Any]:
+        return {"output_hidden_states": True} if self._now(self.hidden_weight) else {}
+
+    def _further_loss(
+        self, outputs: Any, teacher_outputs: Any, known: torch.Tensor
+    ) -> tuple[torch.Tensor | float, dict[str, torch.Tensor]]:
+        weight = self._now(self.hidden_weight)
+        if not weight:
+            return 0.0, {}
+        pairs = matched_states(innermost(self.model).config, self.teacher.config, self.hidden_states)
+        mask = getattr(outputs, "routing_mask", None)
+        distance = hidden_distance(outputs.hidden_states, teacher_outputs.hidden_states, pairs, mask)
+        total = (distance * known).sum()
+        return weight * total, {"hidden": total.detach()}
+
+
+def relative_groups(model: nn.Module, learning_rate: float) -> list[dict[str, Any]]:
+    """Optimizer groups in which parameters move by the same share of their size per step.
+
+    Pretrained models hold matrices whose entries differ in size by an order of magnitude, and what moves some too
+    slowly destroys what others know. AdamW moves every entry by about its learning rate, so a rate in proportion to
+    the root mean square of the parameter moves all alike; weights that begin at 0 move as the smallest others do.
+
+    Args:
+        model: its parameters that require a gradient are grouped.
+        learning_rate: share of its size by which a parameter moves in a step.
+
+    Returns:
+        Groups for an optimizer without weight decay: one for each kind of parameter, all layers together.
+    """
+    groups: dict[str, list[nn.Parameter]] = {}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            # by name, not by size: a resumed optimizer must find the groups that it had
+            groups.setdefault(re.sub(r"\.\d+\.", ".", name), []).append(parameter)
+    sizes = {kind: _root_mean_square(parameters) for kind, parameters in groups.items()}
+    least = min((size for size in sizes.values() if size > 0), default=1.0)
+    return [
+        {"params": parameters, "lr": learning_rate * (sizes[kind] or least), "weight_decay": 0.0}
+        for kind, parameters in groups.items()
+    ]
+
+
+def _root_mean_square(parameters: list[nn.Parameter]) -> float:
+    squares = sum(float(p.detach().float().square().sum()) for p in parameters)
+    return math.sqrt(squares / sum(p.numel() for p in parameters))
+
+
+class CapacityAnnealing(TrainerCallback):
+    """Depth first, then routing: every token runs everything until `begin`; then routers start, and capacities fall.
+
+    They fall to those of the configuration, along half a cosine, until `end`.
+
+    Routers are started from what depth gains for the tokens of a sample: `start_routers` for a MoR,
+    `start_by_importance` for a MoD, which also divides the capacity among the layers. A checkpoint holds the
+    capacities of its moment. It does nothing for a model whose capacities are all 1.
+
+    Args:
+        trainer: its model is routed by expert choice and may be wrapped.
+        sample: token ids of shape `(batch, seq_len)` without pads, some thousand tokens.
+        begin, end: shares of the training.
+
+    Raises:
+        ValueError: unless `0 <= begin <= end <= 1`, or the model is not routed by expert choice.
+    """
+
+    def __init__(
+        self, trainer: DistillationTrainer, sample: Iterable[torch.Tensor], *, begin: float = 0.5, end: float = 0.8
+    ):
+        self.trainer = trainer
+        self.sample = list(sample)
+        self.way = Ramp(0.0, 1.0, begin, end)
+        self.model = innermost(trainer.model)
+        if getattr(self.model.config, "routing", None) != "expert_choice":
+            raise ValueError(
+                f"routing is {getattr(self.model.config, 'routing', None)!r}, but only expert choice has capacities "
+                "to anneal; leave this callback out."
+            )
+        self.wanted = list(self.model.config.capacities)
+        self.started = False
+
+    def attach(self) -> None:
+        """Adds this callback to its trainer."""
+        self.trainer.add_callback(self)
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        # a resumed model has its routers already
+        self.started = state.global_step > 0 and self.trainer.progress() > self.way.begin
+        self._follow()
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._follow()
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.finish()
+
+    def finish(self) -> None:
+        """Routers started, capacities as wanted: where training ended before."""
+        self._start()
+        self.model.config.capacities = self.wanted
+
+    def _follow(self) -> None:
+        progress = self.trainer.progress()
+        if progress >= self.way.begin and progress > 0:
+            self._start()
+        open_share = 1 - self.way(progress)
+        self.model.config.capacities = [c + (1 - c) * open_share for c in self.wanted]
+
+    def _start(self) -> None:
+        if self.started or min(self.wanted) == 1:
+            return
+        self.started = True
+        config = self.model.config
+        config.capacities = self.wanted
+        if config.model_type == "mor":
+            start_routers(self.model, self.sample)
+        else:
+            start_by_importance(self.model, self.sample)
+            self.wanted = list(config.capacities)

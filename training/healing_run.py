@@ -1,0 +1,263 @@
+"""A whole healing: fitted start, distillation, routing after depth, calibration, and a checkpoint that is complete."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel, TrainingArguments
+
+from ..configuration.config_basics import check_choice
+from .calibration import Calibration, calibrate
+from .fitted_start import FittedLayer, fit_shared_layers
+from .healing import CapacityAnnealing, HealingTrainer
+from .hidden_matching import MATCHED_STATES
+from .progress import TrainingProgress
+from .schedules import Schedule
+from .text_stream import StreamCallback, TextStream
+from .time_limit import TimeLimitCallback
+
+
+STARTS = ("fitted", "as_converted")
+# so many rows of the text show how the layers act, start the routers and calibrate them
+_ROUTER_TOKENS = 8192
+
+
+@dataclass(frozen=True)
+class HealingSettings:
+    """
+    Args:
+        minutes, tokens: how long; exactly one of them.
+        start: `fitted` (see `fit_shared_layers`) or `as_converted`.
+        fit_tokens: of the text, for the fitted start.
+        seq_len, batch_size, accumulation: rows of tokens per forward pass, and passes per step.
+        learning_rate: share of its size by which a parameter moves per step at most (`relative_groups`).
+        distillation_weight, temperature: of `DistillationTrainer`.
+        hidden_weight, hidden_states: of `HealingTrainer`; the weight may be a function of the progress.
+        routing_begin, routing_end: of `CapacityAnnealing`.
+        train_embeddings: also the embeddings and the head, which are the source's own and know words that a short text
+            never shows.
+        vocabulary_rows:
+            Share of the rows whose tokens are drawn evenly from the vocabulary: a teacher can be asked about anything,
+            and a short text shows few of the words that the source knows.
+        save_steps: steps between checkpoints; 0 for none.
+        seed: of the order of the text.
+
+    Raises:
+        ValueError: for a number out of range.
+    """
+
+    minutes: float | None = None
+    tokens: int | None = None
+    start: str = "fitted"
+    fit_tokens: int = 16384
+    seq_len: int = 256
+    batch_size: int = 2
+    accumulation: int = 1
+    learning_rate: float = 3e-3
+    distillation_weight: float = 1.0
+    temperature: float = 1.0
+    hidden_weight: Schedule = 30.0
+    hidden_states: str = "all"
+    routing_begin: float = 0.5
+    routing_end: float = 0.8
+    train_embeddings: bool = False
+    vocabulary_rows: float = 0.15
+    save_steps: int = 0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if (self.minutes is None) == (self.tokens is None):
+            raise ValueError(
+                f"`minutes` is {self.minutes} and `tokens` {self.tokens}: give exactly one of them, as the length of "
+                "the training."
+            )
+        check_choice("start", self.start, STARTS)
+        check_choice("hidden_states", self.hidden_states, MATCHED_STATES)
+        for name, least in (
+            ("tokens", 1), ("fit_tokens", 2), ("seq_len", 2), ("batch_size", 1), ("accumulation", 1),
+            ("save_steps", 0), ("vocabulary_rows", 0), ("seed", 0),
+        ):  # fmt: skip
+            value = getattr(self, name)
+            if value is not None and not callable(value) and value < least:
+                raise ValueError(f"`{name}` is {value}, but must be at least {least}.")
+        for name in ("minutes", "learning_rate", "temperature"):
+            value = getattr(self, name)
+            if value is not None and not 0 < value < math.inf:
+                raise ValueError(f"`{name}` is {value}, but must be a finite number above 0.")
+
+        if self.vocabulary_rows >= 1:
+            raise ValueError(f"`vocabulary_rows` is {self.vocabulary_rows}, but must be a share below 1.")
+
+    @property
+    def tokens_per_step(self) -> int:
+        """Of one process."""
+        return self.seq_len * self.batch_size * self.accumulation
+
+
+@dataclass
+class Healed:
+    """What a healing did.
+
+    Attributes:
+        fitted: the layers of the fitted start.
+        steps, tokens: of the training, resumed ones included.
+        calibration: of the routers; `None` for a model whose tokens all run everything.
+        log: the trainer's log.
+    """
+
+    fitted: list[FittedLayer]
+    steps: int
+    tokens: int
+    calibration: Calibration | None
+    log: list[dict[str, Any]]
+
+
+def heal(
+    model: PreTrainedModel,
+    source: PreTrainedModel,
+    text: Any,
+    tokenizer: Any,
+    settings: HealingSettings,
+    folder: str | Path,
+    *,
+    column: str = "text",
+    resume: bool = False,
+    callbacks: Sequence[Any] = (),
+    show: bool = True,
+) -> Healed:
+    """Heals a converted model in place; it is left in eval mode, with its routers calibrated.
+
+    Args:
+        model (`PreTrainedModel`): a MoR or MoD, as conversion made it.
+        source (`PreTrainedModel`): what it was made of.
+        text: what `TextStream` reads.
+        tokenizer: of both.
+        settings (`HealingSettings`)
+        folder: for checkpoints of the training.
+        column: of the text.
+        resume: go on with the last checkpoint in `folder`.
+        callbacks: further ones.
+        show: whether to show a line of progress.
+
+    Raises:
+        ValueError: for models and texts that do not fit.
+    """
+    rows = _sample(text, tokenizer, settings, column)
+    fitted: list[FittedLayer] = []
+    if settings.start == "fitted" and not resume and model.config.model_type == "mor":
+        fitted = fit_shared_layers(model, source, draw_rows(rows, model.config.vocab_size, settings).split(4))
+    embeddings = [model.get_input_embeddings(), model.get_output_embeddings()]
+    for module in embeddings:
+        module.requires_grad_(settings.train_embeddings)
+    stream = TextStream(text, tokenizer, settings.seq_len, column=column, shuffle_buffer=1024, seed=settings.seed)
+    limit = None if settings.minutes is None else TimeLimitCallback(settings.minutes, progress=show)
+    trainer = HealingTrainer(
+        model=model,
+        teacher=source,
+        train_dataset=stream,
+        hidden_weight=settings.hidden_weight,
+        hidden_states=settings.hidden_states,
+        distillation_weight=settings.distillation_weight,
+        temperature=settings.temperature,
+        clock=None if limit is None else lambda: limit.fraction,
+        callbacks=list(callbacks),
+        args=_arguments(settings, folder),
+    )
+    StreamCallback(stream).attach(trainer)
+    trainer.data_collator = VocabularyRows(trainer.data_collator, model.config.vocab_size, settings)
+    routed = getattr(model.config, "routing", None) == "expert_choice" and min(model.config.capacities) < 1
+    router_rows = rows[: max(_ROUTER_TOKENS // settings.seq_len, 1)].split(4)
+    annealing = None
+    if routed:
+        annealing = CapacityAnnealing(trainer, router_rows, begin=settings.routing_begin, end=settings.routing_end)
+        annealing.attach()
+    if limit is not None:
+        limit.tokens_per_step = settings.tokens_per_step * trainer.args.world_size
+        trainer.lr_scheduler = limit.schedule(trainer.create_optimizer())
+        limit.attach(trainer)
+    else:
+        TrainingProgress(settings.tokens_per_step * trainer.args.world_size, show=show).attach(trainer)
+    trainer.train(resume_from_checkpoint=resume or None)
+    for module in embeddings:
+        module.requires_grad_(True)
+    model.eval()
+    steps = trainer.state.global_step
+    tokens = steps * settings.tokens_per_step * trainer.args.world_size
+    calibration = calibrate(model, router_rows) if routed else None
+    return Healed(fitted, steps, tokens, calibration, trainer.state.log_history)
+
+
+def _sample(text: Any, tokenizer: Any, settings: HealingSettings, column: str) -> torch.Tensor:
+    """Rows of the text's begin, shuffled as it is trained on, `(rows, seq_len)`."""
+    stream = TextStream(
+        text, tokenizer, settings.seq_len, column=column, packing="joined", shuffle_buffer=1024, seed=settings.seed,
+        epochs=1,
+    )  # fmt: skip
+    rows = []
+    for row in stream:
+        rows.append(row["input_ids"])
+        if len(rows) * settings.seq_len >= settings.fit_tokens:
+            break
+    return torch.stack(rows)
+
+
+class VocabularyRows:
+    """A data collator that draws the tokens of some rows from the whole vocabulary, always the same of the same batch.
+
+    Args:
+        collate: makes the batch.
+        vocabulary: number of tokens.
+        settings: `vocabulary_rows` and `seed`.
+    """
+
+    def __init__(self, collate: Callable[[Any], dict[str, torch.Tensor]], vocabulary: int, settings: HealingSettings):
+        self.collate = collate
+        self.vocabulary = vocabulary
+        self.settings = settings
+
+    def __call__(self, rows: Any) -> dict[str, torch.Tensor]:
+        batch = self.collate(rows)
+        drawn = draw_rows(batch["input_ids"], self.vocabulary, self.settings)
+        batch["labels"] = torch.where(drawn == batch["input_ids"], batch["labels"], drawn)
+        batch["input_ids"] = drawn
+        return batch
+
+
+def draw_rows(ids: torch.Tensor, vocabulary: int, settings: HealingSettings) -> torch.Tensor:
+    """The rows, `(batch, seq_len)`, of which each has been drawn anew by the chance `settings.vocabulary_rows`."""
+    # seeded by the batch, so that it comes out alike after a resume
+    generator = torch.Generator().manual_seed((settings.seed * 1_000_003 + int(ids.long().sum())) % 2**31)
+    chosen = torch.rand(len(ids), 1, generator=generator) < settings.vocabulary_rows
+    return torch.where(chosen, torch.randint(vocabulary, ids.shape, generator=generator), ids)
+
+
+def _arguments(settings: HealingSettings, folder: str | Path) -> TrainingArguments:
+    on_gpu = torch.cuda.is_available()
+    per_step = settings.tokens_per_step
+    # with a limit in time, steps never end the training
+    steps = 10**7 if settings.tokens is None else max(1, math.ceil(settings.tokens / per_step))
+    return TrainingArguments(
+        output_dir=str(folder),
+        per_device_train_batch_size=settings.batch_size,
+        gradient_accumulation_steps=settings.accumulation,
+        max_steps=steps,
+        learning_rate=settings.learning_rate,
+        lr_scheduler_type="cosine_with_min_lr",
+        lr_scheduler_kwargs={"min_lr_rate": 0.1},
+        warmup_steps=0.05,
+        bf16=on_gpu and torch.cuda.is_bf16_supported(),
+        use_cpu=not on_gpu,
+        logging_steps=10,
+        save_strategy="steps" if settings.save_steps else "no",
+        save_steps=settings.save_steps or 500,
+        save_total_limit=2,
+        report_to="none",
+        disable_tqdm=True,
+        dataloader_pin_memory=on_gpu,
+        seed=settings.seed,
+    )
