@@ -15,6 +15,7 @@ runs the cells that are missing. A method is a line of `METHODS`.
 """
 
 import argparse
+import copy
 import dataclasses
 import json
 import shutil
@@ -45,6 +46,9 @@ from transformers.utils import logging
 from varidepth import convert
 from varidepth.configuration.configuration_mor import SHARINGS
 from varidepth.training.distillation import DistillationTrainer
+from varidepth.training.fitted_start import fit_shared_layers
+from varidepth.training.healing import HealingTrainer
+from varidepth.training.progressive_sharing import ProgressiveSharing, load_shared
 from varidepth.training.text_blocks import TokenBlocks, load_documents, split_documents, token_blocks
 
 
@@ -59,11 +63,35 @@ def trained(trainer: Trainer) -> PreTrainedModel:
     return trainer.model
 
 
+def fitted(model: PreTrainedModel, teacher: PreTrainedModel, rows: TokenBlocks, args: TrainingArguments) -> Any:
+    """The start does not count as tokens: it reads rows that are trained on as well."""
+    fit_shared_layers(model, teacher, rows.blocks[: FIT_TOKENS // rows.blocks.shape[1]].split(8))
+    return healing(model, teacher, rows, args)
+
+
+def healing(model: PreTrainedModel, teacher: PreTrainedModel, rows: TokenBlocks, args: TrainingArguments) -> Any:
+    return trained(HealingTrainer(model, args, train_dataset=rows, teacher=teacher, hidden_states="all"))
+
+
+def progressive(model: PreTrainedModel, teacher: PreTrainedModel, rows: TokenBlocks, args: TrainingArguments) -> Any:
+    trainer = DistillationTrainer(
+        copy.deepcopy(teacher).requires_grad_(True), args, train_dataset=rows, teacher=teacher
+    )
+    ProgressiveSharing(trainer, model.config.physical_layers, end=0.7).attach()
+    load_shared(model, trained(trainer))
+    return model
+
+
+FIT_TOKENS = 32768
 METHODS: dict[str, Method] = {
     "lm": lambda model, teacher, rows, args: trained(Trainer(model, args, train_dataset=rows)),
     "logits": lambda model, teacher, rows, args: trained(
         DistillationTrainer(model, args, train_dataset=rows, teacher=teacher)
     ),
+    "states": healing,
+    "fitted": fitted,
+    # begins with the source, whatever the initialisation of the cut
+    "progressive": progressive,
 }
 
 TUNING_SEED, TUNING_CELL = 1000, ("middle_cycle", "stepwise")

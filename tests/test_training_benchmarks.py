@@ -66,7 +66,7 @@ def test_a_healing_study_goes_on_where_it_stopped_and_its_cells_are_paired(scrip
     assert again[: len(first)] == first
     assert (work / "source" / "model.safetensors").stat().st_mtime_ns == source
     new = [line["name"] for line in again[len(first) :]]
-    assert new == ["cycle/average/logits/0", "middle_cycle/upper/lm/1", "middle_cycle/upper/logits/1"]
+    assert new == ["cycle/average/logits/0", *(f"middle_cycle/upper/{method}/1" for method in study.METHODS)]
 
     cells = {line["name"]: line for line in again}
     lm, logits = cells["middle_cycle/upper/lm/0"], cells["middle_cycle/upper/logits/0"]
