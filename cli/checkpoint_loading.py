@@ -58,7 +58,7 @@ def load_checkpoint(
     return model.to("cpu" if on_cpu else "cuda").eval(), tokenizer
 
 
-def load_teacher(source: str, *, revision: str | None = None) -> Any:
+def load_teacher(source: str | Path, *, revision: str | None = None) -> Any:
     """The vanilla model that a checkpoint was made of, in eval mode: of a folder, a Hub id or a GGUF file.
 
     Raises:
@@ -66,7 +66,7 @@ def load_teacher(source: str, *, revision: str | None = None) -> Any:
     """
     checkpoint = open_source(Path(source) if Path(source).exists() else source, revision=revision, allowed=_VANILLA)
     if checkpoint.gguf is None:
-        return load_checkpoint(source, revision=revision)[0]
+        return load_checkpoint(str(source), revision=revision)[0]
     path = checkpoint.gguf
     model: Any = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32)
     return model.to("cuda" if torch.cuda.is_available() else "cpu").eval()

