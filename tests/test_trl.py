@@ -136,6 +136,14 @@ def test_sft_has_the_gradients_of_trainer(kind, tmp_path):
         assert_same_gradients(recorded_gradients(trainer), expected)
 
 
+def test_sft_over_processes_undoes_their_mean(tmp_path, monkeypatch):
+    """The items are those of all processes, so that the loss of each is multiplied by their number: routers' too."""
+    expected = recorded_gradients(adapt_trainer(trainer_of(SFTTrainer, build(**KINDS["mor"]), tmp_path)))
+    monkeypatch.setattr("accelerate.Accelerator.num_processes", 3)
+    found = recorded_gradients(adapt_trainer(trainer_of(SFTTrainer, build(**KINDS["mor"]), tmp_path)))
+    assert_same_gradients({name: gradient / 3 for name, gradient in found.items()}, expected)
+
+
 @pytest.mark.parametrize("kind", ["mor", "mod"])
 def test_dpo_takes_the_mean_over_its_parts(kind, folder, tmp_path):
     """Four accumulated pairs against the mean of the gradients of each alone; scaled as fp16 training does, too."""

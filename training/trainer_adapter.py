@@ -38,10 +38,11 @@ def adapt_trainer(trainer: Trainer) -> Trainer:
     Returns:
         The same trainer.
     """
-    backbone = routed_backbone(trainer.model)
+    model: Any = trainer.model
+    backbone = routed_backbone(model)
     if backbone is None:
         return trainer
-    if getattr(trainer, "aux_loss_enabled", False):
+    if hasattr(trainer, "aux_loss_enabled"):
         trainer.aux_loss_enabled = False
     _keep_state_without_gradient(backbone)
     reference = getattr(trainer, "ref_model", None)
@@ -70,7 +71,7 @@ def _tell_scale(trainer: Trainer, scale: Any) -> None:
         finally:
             scale.step_items = scale.outside = None
 
-    trainer.training_step = told
+    trainer.training_step = told  # type: ignore[method-assign]
 
 
 def _scale_of_items(trainer: Trainer) -> float:
