@@ -190,7 +190,7 @@ def _mixed_class(mixins: tuple[type, ...], module_class: type) -> type:
     return _MIXED_CLASSES[key]
 
 
-def _reduce(module: nn.Module, protocol: Any) -> tuple:
+def _reduce(module: nn.Module, protocol: Any) -> Any:
     """Pickles by the classes that are mixed, since the mixed one is made at run time."""
     parts = _PARTS_OF.get(type(module))
     if parts is None:  # a wrapper has made a class of its own of it
