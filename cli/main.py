@@ -13,6 +13,7 @@ from typing import NoReturn
 # name -> (module in this package, help)
 COMMANDS = {
     "convert": ("convert_command", "make a MoR or MoD of a pretrained checkpoint, or a JRT-RNN of an official one"),
+    "train": ("train_command", "train a model by a recipe, from scratch or from a checkpoint"),
     "unroll": ("unroll_command", "make a vanilla checkpoint of a MoR or MoD, where that is exact"),
     "inspect": ("inspect_command", "show structure, parameters and costs of a checkpoint"),
     "depth-map": ("depth_map_command", "show the depth of every token of a text"),

@@ -1,7 +1,6 @@
 """A recipe: everything that decides what a conversion makes, as flags, keyword arguments or a YAML file."""
 
 import dataclasses
-import difflib
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -22,6 +21,7 @@ from .recipe_fields import (
     checked_value,
     misplaced,
 )
+from .recipe_reading import check_key, read_mapping, shipped_names
 
 
 ROUTER_INITS = ("on", "random")
@@ -197,10 +197,7 @@ class Recipe:
                 raise ConversionError(f"`{name}` is given twice; give it once.")
             spelt[name] = value
         for key in spelt:
-            if key not in known:
-                guess = difflib.get_close_matches(str(key), known, n=1)
-                hint = f"did you mean `{guess[0]}`?" if guess else f"known are {', '.join(sorted(known))}."
-                raise ConversionError(f"`{key}` is no field of a recipe; {hint}")
+            check_key(key, known, "a recipe", ConversionError)
         given: dict[str, Any] = {k: str(v) if isinstance(v, Path) else v for k, v in spelt.items() if v is not None}
         settings = {key: value for key, value in given.items() if key in own}
         if settings.get("router_init") is True:  # YAML reads a bare `on` as true
@@ -217,27 +214,7 @@ class Recipe:
         Raises:
             ConversionError: if the file is missing, no YAML mapping, or holds an unknown key.
         """
-        path = Path(path)
-        shipped = files(__package__) / "recipes" / f"{path.name}.yaml"
-        try:
-            text = shipped.read_text("utf-8") if not path.exists() and shipped.is_file() else path.read_text("utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise ConversionError(
-                f"The recipe {path.name} cannot be read; give a YAML file or one of {', '.join(shipped_recipes())}."
-            ) from error
-        try:
-            content = yaml.safe_load(text)
-        except yaml.YAMLError as error:
-            mark = getattr(error, "problem_mark", None)
-            where = f" in line {mark.line + 1}" if mark else ""
-            raise ConversionError(
-                f"The recipe {path.name} is no valid YAML{where}; one `key: value` per line is enough."
-            ) from error
-        if not isinstance(content, dict):
-            raise ConversionError(
-                f"The recipe {path.name} holds no `key: value` lines; see the recipes of the package."
-            )
-        return cls.make(None, **{str(key): value for key, value in content.items()})
+        return cls.make(None, **read_mapping(path, files(__package__) / "recipes", ConversionError))
 
     def to_dict(self) -> dict[str, Any]:
         """Flat, as in YAML; what is not set is left out."""
@@ -251,7 +228,7 @@ class Recipe:
 
 def shipped_recipes() -> list[str]:
     """Names of the recipes that come with the package."""
-    return sorted(entry.name.removesuffix(".yaml") for entry in (files(__package__) / "recipes").iterdir())
+    return shipped_names(files(__package__) / "recipes")
 
 
 def _check_type(field: str, value: Any, kind: type) -> None:

@@ -1,9 +1,8 @@
 """The keys of a recipe beside its own: the fields of the architecture that it makes."""
 
 import dataclasses
-from typing import Any, get_args
+from typing import Any
 
-from huggingface_hub.dataclasses import type_validator
 from transformers.configuration_utils import PreTrainedConfig
 
 from ..configuration.backbone_config import BackboneConfig
@@ -12,6 +11,7 @@ from ..configuration.configuration_mod import MoDConfig
 from ..configuration.configuration_mor import MoRConfig
 from ..configuration.routed_config import RoutedConfig
 from .errors import ConversionError
+from .recipe_reading import typed_value
 
 
 # made of vanilla checkpoints
@@ -95,17 +95,7 @@ def checked_value(architecture: str, field: str, value: Any) -> Any:
     kind = FIELDS[architecture][field]
     if field == "routed_layers" and value == AUTO:
         return value
-    if isinstance(value, str) and float in (kind, *get_args(kind)):  # YAML reads 1e-3 as text
-        try:
-            value = float(value)
-        except ValueError:
-            pass
-    try:
-        type_validator(field, value, kind)
-    except TypeError as error:
-        name = str(kind).removeprefix("<class '").removesuffix("'>")
-        raise ConversionError(f"`{field}` is {value!r}, but must be of type {name}.") from error
-    return value
+    return typed_value(field, value, kind, ConversionError)
 
 
 def misplaced(field: str, value: Any, architecture: str, users: list[str]) -> ConversionError:

@@ -1,0 +1,166 @@
+"""`varidepth train`: a plan first, then a complete checkpoint, and resumed runs that end as those that ran through."""
+
+import json
+import os
+import re
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from real_text import VOCABULARY, save_source, text_tokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from varidepth.cli.main import main
+from varidepth.training.training_recipe import TrainingRecipe
+from varidepth.training.training_run import last_checkpoint, make_trainer
+
+
+SIZES = {"vocab_size": VOCABULARY + 4, "hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4}
+CONFIGS = {
+    "mor": {**SIZES, "num_key_value_heads": 2, "num_hidden_layers": 6, "num_recursions": 2, "capacities": [1.0, 0.5]},
+    "mod": {**SIZES, "num_key_value_heads": 2, "num_hidden_layers": 4, "capacity": 0.5, "gate": "sigmoid"},
+    "jrt": {**SIZES, "num_hidden_layers": 4, "prefix_length": 12, "mask_token_id": VOCABULARY, "feature_dim": 4},
+    "llama": {**SIZES, "num_key_value_heads": 2, "num_hidden_layers": 2},
+}
+
+
+def write_recipe(folder, architecture="mor", **training):
+    text_tokenizer().save_pretrained(folder / "tokenizer")
+    held_out = folder / "held-out.txt"
+    held_out.write_text("The quick brown fox jumps over the lazy dog, and so on. " * 40)
+    recipe = {
+        "model": {
+            "architecture": architecture,
+            "tokenizer": str(folder / "tokenizer"),
+            "config": CONFIGS[architecture],
+        },
+        "data": {"shuffle_buffer": 16, "eval_text": str(held_out), "eval_tokens": 128},
+        "optimizer": {"learning_rate": 1.0e-2},
+        "schedule": {"kind": "wsd", "warmup": 2, "decay": 0.25},
+        "training": {
+            "output": str(folder / "out"),
+            "seq_len": 32,
+            "batch_tokens": 256,
+            "rows": 2,
+            "steps": 8,
+            "precision": "fp32",
+            "save_steps": 3,
+            "log_steps": 1,
+            **training,
+        },
+    }
+    path = folder / "recipe.yaml"
+    path.write_text(yaml.safe_dump(recipe))
+    return path
+
+
+def losses(folder) -> list[float]:
+    state = json.loads((folder / "trainer_state.json").read_text())
+    return [entry["loss"] for entry in state["log_history"] if "loss" in entry]
+
+
+@pytest.mark.parametrize("architecture", CONFIGS)
+def test_a_run_prints_its_plan_and_leaves_a_complete_checkpoint(tmp_path, capsys, architecture):
+    recipe = write_recipe(tmp_path, architecture)
+    assert main(["train", str(recipe), "--dry-run"]) == 0
+    plan = capsys.readouterr().out
+    for words in ("parameters", "FLOPs per token", "memory", "8 of 256 tokens", "2, of which 2 are kept", "2048"):
+        assert words in plan
+    assert not (tmp_path / "out").exists() and str(tmp_path) not in plan
+    assert main(["train", str(recipe)]) == 0
+    captured = capsys.readouterr()
+    assert plan in captured.out and "8 steps, 2048 tokens, training loss" in captured.out
+    assert "evaluation loss" in captured.out
+    assert "tokens/s" in captured.err and "left" in captured.err and "8 steps" in captured.err
+    seen = losses(tmp_path / "out")
+    assert len(seen) == 8 and seen[-1] < seen[0]
+    for folder in (tmp_path / "out", tmp_path / "out" / "checkpoint-6"):
+        model = AutoModelForCausalLM.from_pretrained(folder)
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+        assert model.config.model_type == architecture and model.config.eos_token_id == tokenizer.eos_token_id
+        ids = tokenizer("An assert statement", return_tensors="pt")
+        assert model.generate(**ids, max_new_tokens=3, do_sample=False).shape[1] > ids["input_ids"].shape[1]
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "| tokens | 2,048 |" in card and "learning_rate: 0.01" in card and str(tmp_path) not in card
+    assert TrainingRecipe.load(tmp_path / "out" / "varidepth_training.yaml").steps == 8
+    if architecture != "llama":
+        assert (tmp_path / "out" / "checkpoint-6" / f"modeling_{architecture}.py").is_file()
+
+
+@pytest.mark.parametrize("architecture", ["mor", "jrt"])
+def test_a_resumed_run_ends_as_one_that_ran_through(tmp_path, capsys, architecture):
+    recipe = str(write_recipe(tmp_path, architecture, keep_checkpoints=3))
+    assert main(["train", recipe, "-o", str(tmp_path / "whole"), "--quiet"]) == 0
+    # a run that is lost behind step 7, and the checkpoint of step 6 half written
+    broken = make_trainer(TrainingRecipe.load(recipe), show=False)[0]
+    broken.args.max_steps = 7
+    broken.train()
+    (tmp_path / "out" / "checkpoint-7").mkdir(exist_ok=True)
+    for file in ("checkpoint-7", "checkpoint-6"):
+        (tmp_path / "out" / file / "trainer_state.json").unlink(missing_ok=True)
+    assert last_checkpoint(tmp_path / "out").name == "checkpoint-3"
+    assert main(["train", recipe]) == 2
+    assert "--resume" in capsys.readouterr().err
+    assert main(["train", recipe, "--resume", "--quiet"]) == 0
+    whole, resumed = (AutoModelForCausalLM.from_pretrained(tmp_path / name).state_dict() for name in ("whole", "out"))
+    assert whole.keys() == resumed.keys()
+    for name, value in whole.items():
+        assert torch.equal(value, resumed[name]), name
+    assert losses(tmp_path / "out") == losses(tmp_path / "whole")
+
+
+def test_a_converted_checkpoint_is_trained_on(tmp_path, capsys):
+    source = save_source(tmp_path / "source")
+    changes = [
+        f"model.source={source}", "data.text=null", "data.config=null", "training.seq_len=32", "training.rows=2",
+        "training.batch_tokens=64", "training.tokens=192", "training.precision=fp32",
+    ]  # fmt: skip
+    flags = [flag for change in changes for flag in ("--set", change)]
+    assert main(["train", "mor_from_smollm2", "-o", str(tmp_path / "out"), *flags]) == 0
+    assert "converted to mor" in capsys.readouterr().out
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert model.config.model_type == "mor" and model.config.num_recursions == 2
+    start = AutoModelForCausalLM.from_pretrained(tmp_path / "out" / "converted")
+    assert not torch.equal(model.lm_head.weight, start.lm_head.weight)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ("model.config.vocab_size=50", "but the tokenizer has"),
+        ("data.text=/no/such/file.txt", "no file or folder"),
+        ("training.batch_tokens=100", "must be a multiple"),
+        ("model.tokenizer=/nowhere", "No tokenizer"),
+        ("schedule.kind=linear", None),
+    ],
+)
+def test_what_does_not_fit_is_said_before_training(tmp_path, capsys, change, message):
+    recipe = write_recipe(tmp_path, steps=1)
+    status = main(["train", str(recipe), "--set", change, "--quiet"])
+    error = capsys.readouterr().err
+    assert (status, error.count("\n")) == ((2, 1) if message else (0, 0))
+    assert message is None or message in error
+
+
+def test_two_processes_share_the_rows(tmp_path):
+    recipe = write_recipe(tmp_path, steps=4, save_steps=2)
+    assert main(["train", str(recipe), "-o", str(tmp_path / "one"), "--quiet"]) == 0
+    environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = str(free.getsockname()[1])
+    ddp = str(Path(__file__).parents[1] / "examples" / "distributed" / "ddp.yaml")
+    command = [
+        sys.executable, "-m", "accelerate.commands.launch", "--config_file", ddp, "--num_processes", "2",
+        "--mixed_precision", "no", "--main_process_port", port,
+        "-m", "varidepth.cli.main", "train", str(recipe), "-o", str(tmp_path / "two"),
+    ]  # fmt: skip
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert re.search(r"^processes +2$", done.stdout, flags=re.M) and done.stdout.count("training loss") == 1
+    # the same rows make the same steps
+    assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=1e-4)
