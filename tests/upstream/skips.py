@@ -25,9 +25,8 @@ class Entry:
     flaky: bool = False
 
 
-MOR_MODES = ("plain", "expert_threshold", "expert_predictor", "expert_shared_kv", "token_choice")
+MOR_MODES = ("plain", "expert_threshold", "expert_predictor", "expert_shared_kv", "relaxed", "token_choice")
 MOD_MODES = ("mod_attention", "mod_block")
-JRT_MODES = ("jrt_prefix", "jrt_causal", "jrt_recurrent")
 JRT_MODES = ("jrt_prefix", "jrt_causal", "jrt_recurrent")
 
 # The multi-process cases take minutes per mode. These modes stand for all: routed cache with routers, layers with a
