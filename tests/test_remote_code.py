@@ -56,7 +56,9 @@ def assert_complete(folder: Path) -> None:
 
 MODELS = {
     "mor": lambda: tiny_mor(),
-    "mor-shared": lambda: tiny_mor(kv_mode="shared", inference_rule="predictor", recursion_rank=8, recursion_norms=True),
+    "mor-shared": lambda: tiny_mor(
+        kv_mode="shared", inference_rule="predictor", recursion_rank=8, recursion_norms=True
+    ),
     "mod": lambda: tiny_mod("olmo2", routing_unit="attention", inference_rule="ema_threshold"),
     "mod-experts": lambda: tiny_mod("qwen3_moe", num_noop_experts=1, inference_rule="predictor"),
     "jrt": lambda: tiny_jrt(),

@@ -19,6 +19,7 @@ from .hidden_matching import MATCHED_STATES
 from .precision import bfloat16_is_faster
 from .progress import TrainingProgress
 from .schedules import Schedule
+from .sharding import FullPrecisionRouters
 from .text_stream import StreamCallback, TextStream
 from .time_limit import TimeLimitCallback
 
@@ -166,7 +167,7 @@ def heal(
         distillation_weight=settings.distillation_weight,
         temperature=settings.temperature,
         clock=None if limit is None else lambda: limit.fraction,
-        callbacks=list(callbacks),
+        callbacks=[FullPrecisionRouters(), *callbacks],
         args=_arguments(settings, folder),
     )
     StreamCallback(stream).attach(trainer)
