@@ -2,6 +2,7 @@
 
 import argparse
 import os
+import sys
 
 import transformers
 
@@ -29,18 +30,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--quiet", action="store_true", help="print neither plan nor progress")
 
 
-def run(args: argparse.Namespace) -> None:
-    """Prints the plan, trains, and says what came of it."""
+def run(args: argparse.Namespace) -> int:
+    """Prints the plan, trains, and says what came of it; returns the exit status."""
     changes = [*args.changes, *([f"training.output={args.output}"] if args.output else [])]
     recipe = TrainingRecipe.load(args.recipe, changes)
     speaks = os.environ.get("RANK", "0") == "0"
     if speaks and (args.dry_run or not args.quiet):
         print(plan_training(recipe).table(), flush=True)
     if args.dry_run:
-        return
+        return 0
     # one line of progress is enough
     transformers.logging.disable_progress_bar()
-    result = run_training(recipe, resume=args.resume, show=not args.quiet)
+    try:
+        result = run_training(recipe, resume=args.resume, show=not args.quiet)
+    except KeyboardInterrupt:
+        print("varidepth: interrupted; go on behind the newest checkpoint with --resume.", file=sys.stderr)
+        return 130
     if speaks:
         losses = [
             f"{name} {value:.4f}"
@@ -48,3 +53,4 @@ def run(args: argparse.Namespace) -> None:
             if value is not None
         ]
         print(", ".join([f"{result.steps} steps", f"{result.tokens} tokens", *losses]))
+    return 0

@@ -116,8 +116,8 @@ def test_a_resumed_run_ends_as_one_that_ran_through(tmp_path, capsys, architectu
 def test_a_converted_checkpoint_is_trained_on(tmp_path, capsys):
     source = save_source(tmp_path / "source")
     changes = [
-        f"model.source={source}", "data.text=null", "data.config=null", "training.seq_len=32", "training.rows=2",
-        "training.batch_tokens=64", "training.tokens=192", "training.precision=fp32",
+        f"model.source={source}", "data.text=null", "data.config=null", "training.seq_len=32", "training.rows=8",
+        "training.batch_tokens=256", "training.tokens=768", "training.precision=fp32",
     ]  # fmt: skip
     flags = [flag for change in changes for flag in ("--set", change)]
     assert main(["train", "mor_from_smollm2", "-o", str(tmp_path / "out"), *flags]) == 0
@@ -126,6 +126,8 @@ def test_a_converted_checkpoint_is_trained_on(tmp_path, capsys):
     assert model.config.model_type == "mor" and model.config.num_recursions == 2
     start = AutoModelForCausalLM.from_pretrained(tmp_path / "out" / "converted")
     assert not torch.equal(model.lm_head.weight, start.lm_head.weight)
+    # the routers did not begin with the zeros of a conversion
+    assert not start.model.routers.weight.any() and model.model.routers.weight.std() > 0.1
 
 
 @pytest.mark.parametrize(
@@ -147,7 +149,7 @@ def test_what_does_not_fit_is_said_before_training(tmp_path, capsys, change, mes
 
 
 def test_two_processes_share_the_rows(tmp_path):
-    recipe = write_recipe(tmp_path, steps=4, save_steps=2)
+    recipe = write_recipe(tmp_path, steps=3)
     assert main(["train", str(recipe), "-o", str(tmp_path / "one"), "--quiet"]) == 0
     environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     with socket.socket() as free:

@@ -129,7 +129,7 @@ class TextStream(IterableDataset):
                 self._windows.append(following)
                 place = 0
         finally:
-            thread.shutdown(wait=False, cancel_futures=True)
+            thread.shutdown(wait=False)
 
     def _read(self, reader: _RowReader, window: int) -> list[_Row]:
         """The rows of a window, none at the end; one that reaches the end of an epoch is shorter."""

@@ -32,6 +32,8 @@ class ModelPart:
         source: folder or Hub id of a checkpoint.
         revision: of a Hub source.
         conversion: what to make of the source first: a recipe of `varidepth convert` by name, file or fields.
+        start_routers: begin with routers that know what each recursion gains for a token, see `router_start`; those
+            of a conversion let all tokens in, and training would choose among them by their position.
         attention: attention implementation, such as `sdpa` or `flash_attention_2`.
     """
 
@@ -41,6 +43,7 @@ class ModelPart:
     source: str | None = None
     revision: str | None = None
     conversion: str | dict | None = None
+    start_routers: bool = False
     attention: str | None = None
 
 
@@ -186,8 +189,9 @@ class TrainingRecipe:
         for field in ("config", "tokenizer"):
             if model.source is not None and getattr(model, field):
                 raise ValueError(f"`model.{field}` is given beside `model.source`, which has its own: leave it out.")
-        if model.source is None and (model.conversion or model.revision):
-            raise ValueError("`model.conversion` and `model.revision` belong to a `model.source`: leave them out.")
+        for field in ("conversion", "revision", "start_routers"):
+            if model.source is None and getattr(model, field):
+                raise ValueError(f"`model.{field}` is given, but belongs to a `model.source`: leave it out.")
         if model.source is None and model.tokenizer is None:
             raise ValueError("`model.tokenizer` is missing: give the folder or Hub id of a tokenizer.")
         if (training.steps is None) == (training.tokens is None):

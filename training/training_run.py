@@ -16,7 +16,9 @@ from ..conversion.convert import convert
 from ..model_cards.trained_card import write_trained_card
 from .jrt_collator import JRTCollator
 from .progress import TrainingProgress
+from .router_start import start_routers
 from .routing_health import RoutingHealthCallback
+from .sharding import FullPrecisionRouters
 from .text_stream import StreamCallback, TextStream
 from .training_plan import TrainingPlan, model_config, packing_of, plan_training, world_size
 from .training_recipe import TrainingRecipe
@@ -24,6 +26,8 @@ from .training_recipe import TrainingRecipe
 
 CHECKPOINT = "checkpoint-"
 _CONVERTED = "converted"
+# of the text, on which routers are started
+_ROUTER_TOKENS = 8192
 
 
 @dataclass(frozen=True)
@@ -60,6 +64,7 @@ def run_training(recipe: TrainingRecipe, *, resume: bool = False, show: bool = T
     """
     output = Path(recipe.training.output)
     newest = last_checkpoint(output)
+    resume = resume and newest is not None
     if newest is not None and not resume:
         raise ValueError(
             f"The output folder {output.name} holds the checkpoint {newest.name} of another run: resume it "
@@ -96,7 +101,11 @@ def make_trainer(recipe: TrainingRecipe, *, resume: bool = False, show: bool = T
         )
     set_seed(recipe.training.seed)
     model, tokenizer = _model_and_tokenizer(recipe, args, resume)
-    stream = _text(recipe, model.config, tokenizer)
+    if recipe.model.start_routers and not resume:
+        sample = islice(_text(recipe, "joined", tokenizer), max(1, _ROUTER_TOKENS // recipe.training.seq_len))
+        rows = torch.stack([row["input_ids"] for row in sample])
+        start_routers(model.to(args.device), rows.split(recipe.training.rows))
+    stream = _text(recipe, packing_of(recipe, model.config), tokenizer)
     trainer = Trainer(
         model=model,
         args=args,
@@ -104,6 +113,7 @@ def make_trainer(recipe: TrainingRecipe, *, resume: bool = False, show: bool = T
         eval_dataset=_eval_rows(recipe, model.config, tokenizer),
         data_collator=_collator(recipe, model, stream),
         processing_class=tokenizer,
+        callbacks=[FullPrecisionRouters()],
     )
     StreamCallback(stream).attach(trainer)
     TrainingProgress(recipe.training.batch_tokens, show=show).attach(trainer)
@@ -229,7 +239,7 @@ def _tokenizer(name: str, revision: str | None) -> Any:
         ) from error
 
 
-def _text(recipe: TrainingRecipe, config: Any, tokenizer: Any) -> TextStream:
+def _text(recipe: TrainingRecipe, packing: str, tokenizer: Any) -> TextStream:
     data = recipe.data
     return TextStream(
         data.text,
@@ -238,7 +248,7 @@ def _text(recipe: TrainingRecipe, config: Any, tokenizer: Any) -> TextStream:
         config=data.config,
         split=data.split,
         column=data.column,
-        packing=packing_of(recipe, config),
+        packing=packing,
         shuffle_buffer=data.shuffle_buffer,
         seed=recipe.training.seed,
     )
