@@ -146,3 +146,11 @@ def test_memory_with_gradient_checkpointing(precision):
     kept = training_memory(model.config, 2, 256, precision=precision, gradient_checkpointing=True)
     assert kept.activations < 0.35 * free.activations
     assert 0.8 < measured(model, 2, 256, precision) / kept.total < 1.15
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_memory_of_long_rows_of_jrt(precision, monkeypatch):
+    monkeypatch.setattr(prefix_linear_attention, "BLOCK_TOKENS", 64)
+    model = make("jrt", "sdpa", **MIDDLE | {"feature_dim": 16, "mask_token_id": 1999})
+    expected = training_memory(model.config, 2, 512, precision=precision).total
+    assert 0.8 < measured(model, 2, 512, precision) / expected < 1.15
