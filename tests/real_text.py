@@ -5,7 +5,7 @@ from pathlib import Path
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, TrainingArguments
 
 from varidepth.training.text_blocks import load_documents, token_blocks
 
@@ -64,3 +64,21 @@ def save_source(folder: Path) -> Path:
     LlamaForCausalLM(source_config(initializer_range=0.2)).save_pretrained(folder)
     text_tokenizer().save_pretrained(folder)
     return folder
+
+
+SHORT_TRAINING = {
+    "max_steps": 4,
+    "per_device_train_batch_size": 4,
+    "learning_rate": 3e-3,
+    "logging_steps": 1,
+    "save_strategy": "no",
+    "report_to": "none",
+    "use_cpu": True,
+    "disable_tqdm": True,
+    "seed": 0,
+}
+
+
+def training_arguments(folder: Path, **fields) -> TrainingArguments:
+    """Of a run of some steps on the CPU."""
+    return TrainingArguments(output_dir=str(folder / "trainer"), **{**SHORT_TRAINING, **fields})

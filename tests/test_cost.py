@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from matrix_products import MatrixProducts
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, LlamaConfig
 from transformers.utils import logging
 
@@ -78,31 +79,6 @@ WINDOWED = ("qwen2", "qwen3", "smollm3", "gemma2", "gemma3_text", "exaone4", "co
 def eager_experts(family: str) -> dict[str, str]:
     """Experts whose matrix products are counted."""
     return {"experts_implementation": "eager"} if family in EXPERTS else {}
-
-
-class MatrixProducts(torch.utils._python_dispatch.TorchDispatchMode):
-    """Counts the FLOPs of every matrix product that is dispatched."""
-
-    def __init__(self):
-        super().__init__()
-        self.flops = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        aten = torch.ops.aten
-        operands = {
-            aten.mm.default: (0, 1),
-            aten.bmm.default: (0, 1),
-            aten.addmm.default: (1, 2),
-            aten.baddbmm.default: (1, 2),
-        }
-        if func in operands:
-            a, b = (args[i] for i in operands[func])
-            # rotary angles are the one product of a column with a row: (batch, head_dim / 2, 1) x (batch, 1, seq)
-            if a.shape[-1] > 1 or a.shape[-2] == 1:
-                self.flops += 2 * a.numel() * b.shape[-1]
-        elif "scaled_dot_product" in func.__name__ or "convolution" in func.__name__:
-            raise AssertionError(f"{func} is not counted; use eager attention")
-        return func(*args, **(kwargs or {}))
 
 
 @pytest.mark.parametrize("family", sorted(FAMILY_SHAPES))

@@ -2,42 +2,13 @@
 
 import pytest
 import torch
+from matrix_products import MatrixProducts
 from tiny_jrt import tiny_jrt, tokens
 
 from varidepth import JRTConfig, JRTForCausalLM
 from varidepth.analysis.cost import count_parameters, forward_flops, full_routing
 from varidepth.analysis.jrt_cost import jrt_flops
 from varidepth.modeling import prefix_linear_attention, window_blocks
-
-
-class CountedProducts(torch.utils._python_dispatch.TorchDispatchMode):
-    """FLOPs of every matrix product and depthwise convolution that is dispatched."""
-
-    def __init__(self):
-        super().__init__()
-        self.flops = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        aten = torch.ops.aten
-        operands = {
-            aten.mm.default: (0, 1),
-            aten.bmm.default: (0, 1),
-            aten.addmm.default: (1, 2),
-            aten.baddbmm.default: (1, 2),
-            aten.bmm.out: (0, 1),
-            aten.baddbmm.out: (1, 2),
-        }
-        result = func(*args, **(kwargs or {}))
-        if func in operands:
-            a, b = (args[i] for i in operands[func])
-            # rotary angles: (batch, head_dim / 2, 1) x (batch, 1, seq)
-            if a.shape[-1] > 1 or a.shape[-2] == 1:
-                self.flops += 2 * a.numel() * b.shape[-1]
-        elif func is aten.convolution.default:
-            self.flops += 2 * result.numel() * args[1].shape[-1]
-        elif "scaled_dot_product" in func.__name__:
-            raise AssertionError(f"{func} is not counted; use eager attention")
-        return result
 
 
 SHAPES = {
@@ -61,12 +32,12 @@ def test_flops_equal_those_counted(shape):
     model = tiny_jrt(attention="eager", **SHAPES[shape])
     ids = tokens(1, 150)
     for length in (2, 40, 150):
-        with CountedProducts() as counted:
+        with MatrixProducts() as counted:
             model(ids[:, :length], use_cache=False)
         assert counted.flops == forward_flops(model.config, full_routing(model.config, length)).total
     cache = None
     for start, stop in ((0, 90), (90, 91), (91, 100), (100, 101)):
-        with CountedProducts() as counted:
+        with MatrixProducts() as counted:
             cache = model(ids[:, start:stop], cache=cache, use_cache=True, logits_to_keep=1).cache
         assert counted.flops == jrt_flops(model.config, stop - start, start, logits=1).total
 
@@ -75,7 +46,7 @@ def test_flops_equal_those_counted(shape):
 def test_flops_of_long_rows_in_blocks(monkeypatch):
     model = tiny_jrt(attention="eager")
     monkeypatch.setattr(prefix_linear_attention, "BLOCK_TOKENS", 128)
-    with CountedProducts() as counted:
+    with MatrixProducts() as counted:
         model(tokens(1, 300), use_cache=False)
     window = jrt_flops(model.config, 300).attention
     assert counted.flops == jrt_flops(model.config, 300).total

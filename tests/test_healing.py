@@ -4,9 +4,9 @@ import copy
 
 import pytest
 import torch
-from real_text import save_source, source_config, text_blocks
+from real_text import save_source, source_config, text_blocks, training_arguments
 from tiny_families import tiny_mor, vanilla_of
-from transformers import AutoModelForCausalLM, LlamaForCausalLM, TrainerCallback, TrainingArguments
+from transformers import AutoModelForCausalLM, LlamaForCausalLM, TrainerCallback
 
 from varidepth import MoDConfig, MoDForCausalLM, MoRConfig, MoRForCausalLM
 from varidepth.conversion.convert import convert
@@ -33,21 +33,6 @@ def converted(source_folder, tmp_path_factory):
     folder = tmp_path_factory.mktemp("healing") / "mor"
     convert(source_folder, folder, num_recursions=2, quiet=True)
     return folder
-
-
-def arguments(folder, **fields):
-    settings = {
-        "max_steps": 8,
-        "per_device_train_batch_size": 4,
-        "learning_rate": 3e-3,
-        "logging_steps": 1,
-        "save_strategy": "no",
-        "report_to": "none",
-        "use_cpu": True,
-        "disable_tqdm": True,
-        "seed": 0,
-    }
-    return TrainingArguments(output_dir=str(folder / "trainer"), **{**settings, **fields})
 
 
 def config(**fields):
@@ -103,8 +88,8 @@ def test_healing_draws_the_states_to_the_teachers(converted, source, tmp_path):
         model = AutoModelForCausalLM.from_pretrained(converted)
         model.config.capacities = [1.0, 1.0]
         trainer = HealingTrainer(
-            model=model, teacher=copy.deepcopy(source), args=arguments(tmp_path), train_dataset=text_blocks(),
-            hidden_weight=weight,
+            model=model, teacher=copy.deepcopy(source), args=training_arguments(tmp_path, max_steps=8),
+            train_dataset=text_blocks(), hidden_weight=weight,
         )  # fmt: skip
         trainer.train()
         found[weight] = trainer.state.log_history
@@ -131,7 +116,7 @@ def test_accumulated_hidden_distance_is_that_of_one_batch(converted, source, tmp
         def keep(optimizer, args, kwargs, model=model, seen=seen):
             seen.update({n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None})
 
-        args = arguments(
+        args = training_arguments(
             tmp_path, max_steps=1, max_grad_norm=0.0, gradient_accumulation_steps=accumulation,
             per_device_train_batch_size=4 // accumulation,
         )  # fmt: skip
@@ -146,7 +131,7 @@ def test_accumulated_hidden_distance_is_that_of_one_batch(converted, source, tmp
 def test_weights_of_a_schedule_follow_the_steps(converted, source, tmp_path):
     trainer = HealingTrainer(
         model=AutoModelForCausalLM.from_pretrained(converted), teacher=source, train_dataset=text_blocks(),
-        args=arguments(tmp_path, max_steps=4), hidden_weight=Ramp(8.0, 0.0, 0.0, 0.5),
+        args=training_arguments(tmp_path, max_steps=4), hidden_weight=Ramp(8.0, 0.0, 0.0, 0.5),
         distillation_weight=Ramp(1.0, 0.5),
     )  # fmt: skip
     trainer.train()
@@ -174,7 +159,7 @@ def test_routing_comes_after_depth(kind, source_folder, source, tmp_path):
     model = AutoModelForCausalLM.from_pretrained(tmp_path / kind)
     wanted = list(model.config.capacities)
     trainer = HealingTrainer(
-        model=model, teacher=source, args=arguments(tmp_path, max_steps=10), train_dataset=text_blocks()
+        model=model, teacher=source, args=training_arguments(tmp_path, max_steps=10), train_dataset=text_blocks()
     )
     sample = text_blocks().blocks[:8].split(4)
     annealing = CapacityAnnealing(trainer, sample, begin=0.5, end=0.8)
@@ -196,7 +181,7 @@ def test_layers_drawn_together_end_as_one(converted, source, tmp_path):
     shared = AutoModelForCausalLM.from_pretrained(converted)
     unrolled = copy.deepcopy(source)
     trainer = DistillationTrainer(
-        model=unrolled, teacher=source, args=arguments(tmp_path, max_steps=10), train_dataset=text_blocks()
+        model=unrolled, teacher=source, args=training_arguments(tmp_path, max_steps=10), train_dataset=text_blocks()
     )
     sharing = ProgressiveSharing(trainer, shared.config.physical_layers, end=0.7)
     sharing.attach()

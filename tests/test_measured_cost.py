@@ -6,7 +6,8 @@ from typing import Any
 import pytest
 import torch
 from generation_reference import CASES, SIZES, VOCABULARY, build
-from test_cost import EXPERTS, WINDOWED, MatrixProducts, eager_experts
+from matrix_products import MatrixProducts
+from test_cost import EXPERTS, WINDOWED, eager_experts
 
 from varidepth import MoDForCausalLM, MoRConfig, MoRForCausalLM
 from varidepth.analysis.cost import RowRouting, count_parameters, forward_flops, full_routing, kv_bytes, slot_loads

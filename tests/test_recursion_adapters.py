@@ -6,9 +6,9 @@ import re
 
 import pytest
 import torch
+from matrix_products import MatrixProducts
 from pico_checkpoints import save_pico, some_ids
 from safetensors.torch import load_file
-from test_cost import MatrixProducts
 from test_measured_cost import check, family_fields, make
 from tiny_families import VOCABULARY, switch_on, tiny_mor, vanilla_of
 from transformers import AutoModelForCausalLM

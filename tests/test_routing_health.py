@@ -5,8 +5,8 @@ import multiprocessing
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from real_text import source_config, text_blocks
-from test_training import EXPERT, MOD, MODES, arguments, build
+from real_text import source_config, text_blocks, training_arguments
+from test_training import EXPERT, MOD, MODES, build
 from torch.utils.data import Subset
 from transformers import LlamaForCausalLM, Trainer, TrainerCallback
 from trl import SFTTrainer
@@ -46,7 +46,9 @@ def trained(model, tmp_path, cls=Trainer, evaluate=False, **settings):
     settings = {"max_steps": 2, "logging_steps": 2, "per_device_train_batch_size": 2, **settings}
     if evaluate:
         settings |= {"eval_strategy": "steps", "eval_steps": 1}
-    args = arguments(tmp_path, gradient_accumulation_steps=2, train_sampling_strategy="sequential", **settings)
+    args = training_arguments(
+        tmp_path, gradient_accumulation_steps=2, train_sampling_strategy="sequential", **settings
+    )
     trainer = cls(
         model=model,
         args=args,
@@ -146,7 +148,7 @@ def test_a_router_that_has_collapsed_shows(tmp_path):
 
 def test_a_model_without_routers_is_refused(tmp_path):
     for model, message in ((LlamaForCausalLM(source_config()), "no routers"), (build_open(), "routes nothing")):
-        trainer = Trainer(model=model, args=arguments(tmp_path), train_dataset=text_blocks())
+        trainer = Trainer(model=model, args=training_arguments(tmp_path), train_dataset=text_blocks())
         RoutingHealthCallback().attach(trainer)
         with pytest.raises(ValueError, match=message):
             trainer.train()

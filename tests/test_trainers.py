@@ -2,12 +2,11 @@
 
 import pytest
 import torch
-from real_text import source_config, text_blocks
+from real_text import source_config, text_blocks, training_arguments
 from test_training import (
     EXPERT,
     MOD,
     MODES,
-    arguments,
     assert_same_gradients,
     build,
     pad_rows,
@@ -38,7 +37,7 @@ def recorded_gradients(model, tmp_path, parts: int, **settings) -> dict[str, tor
         def step(self, closure=None):
             seen.update({n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None})
 
-    args = arguments(
+    args = training_arguments(
         tmp_path, max_steps=1, max_grad_norm=0.0, per_device_train_batch_size=4 // parts,
         gradient_accumulation_steps=parts, train_sampling_strategy="sequential", **settings,
     )  # fmt: skip
@@ -67,13 +66,13 @@ def made(fields, layers: int = 6):
 def test_resumed_training_is_exact(fields, tmp_path):
     """Five steps against two, a checkpoint, and three more in a new model: weights and buffers to the last bit."""
     settings = {"max_steps": 5, "save_strategy": "steps", "save_steps": 2}
-    whole = Trainer(model=made(fields), args=arguments(tmp_path, **settings), train_dataset=text_blocks())
+    whole = Trainer(model=made(fields), args=training_arguments(tmp_path, **settings), train_dataset=text_blocks())
     whole.train()
     checkpoint = tmp_path / "trainer" / "checkpoint-2"
     torch.manual_seed(99)
     resumed = Trainer(
         model=AutoModelForCausalLM.from_pretrained(checkpoint),
-        args=arguments(tmp_path, **settings),
+        args=training_arguments(tmp_path, **settings),
         train_dataset=text_blocks(),
     )
     resumed.train(resume_from_checkpoint=str(checkpoint))
@@ -105,7 +104,9 @@ def test_compiled_training_is_the_same(fields, tmp_path):
     for settings in ({}, {"torch_compile": True, "torch_compile_backend": "eager"}):
         torch._dynamo.reset()
         model = made(fields, layers=4)
-        trainer = Trainer(model=model, args=arguments(tmp_path, max_steps=3, **settings), train_dataset=text_blocks())
+        trainer = Trainer(
+            model=model, args=training_arguments(tmp_path, max_steps=3, **settings), train_dataset=text_blocks()
+        )
         RoutingHealthCallback().attach(trainer)
         trainer.train()
         logs = [entry for entry in trainer.state.log_history if "loss" in entry]

@@ -6,8 +6,8 @@ import sys
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from real_text import save_source, source_config, text_blocks
-from transformers import AutoModelForCausalLM, LlamaForCausalLM, Trainer, TrainingArguments
+from real_text import save_source, source_config, text_blocks, training_arguments
+from transformers import AutoModelForCausalLM, LlamaForCausalLM, Trainer
 
 from varidepth import MoDConfig, MoDForCausalLM, MoRConfig, MoRForCausalLM
 from varidepth.conversion.convert import convert
@@ -111,21 +111,6 @@ def test_checkpointing_changes_no_gradient(model, reentrant):
     assert_same_gradients(checkpointed, plain)
 
 
-def arguments(folder, **fields) -> TrainingArguments:
-    settings = {
-        "max_steps": 4,
-        "per_device_train_batch_size": 4,
-        "learning_rate": 3e-3,
-        "logging_steps": 1,
-        "save_strategy": "no",
-        "report_to": "none",
-        "use_cpu": True,
-        "disable_tqdm": True,
-        "seed": 0,
-    }
-    return TrainingArguments(output_dir=str(folder / "trainer"), **{**settings, **fields})
-
-
 @pytest.fixture(scope="module")
 def converted(tmp_path_factory):
     """A converted checkpoint with half of the capacity in its second recursion, and its source."""
@@ -193,7 +178,7 @@ def logits_of(model):
 def test_trainer_trains_saves_and_loads(checkpoint, tmp_path):
     model = AutoModelForCausalLM.from_pretrained(checkpoint)
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
-    trainer = Trainer(model=model, args=arguments(tmp_path, max_steps=8), train_dataset=text_blocks())
+    trainer = Trainer(model=model, args=training_arguments(tmp_path, max_steps=8), train_dataset=text_blocks())
     trainer.train()
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     assert losses[-1] < losses[0]
@@ -219,7 +204,7 @@ def test_lora_with_trained_routers(checkpoint, tmp_path):
     model = get_peft_model(base, lora)
     assert any("routers" in name for name, p in model.named_parameters() if p.requires_grad)
     before = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
-    trainer = Trainer(model=model, args=arguments(tmp_path, learning_rate=1e-2), train_dataset=text_blocks())
+    trainer = Trainer(model=model, args=training_arguments(tmp_path, learning_rate=1e-2), train_dataset=text_blocks())
     trainer.train()
     moved = {name for name, p in model.named_parameters() if p.requires_grad and not torch.equal(p, before[name])}
     assert any("routers" in name for name in moved) and any("lora_A" in name for name in moved)
@@ -255,7 +240,7 @@ def test_trainer_accumulates_exactly(kind, tmp_path):
             def step(self, closure=None, seen=seen, model=model):
                 seen.update({n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None})
 
-        args = arguments(
+        args = training_arguments(
             tmp_path, max_steps=1, per_device_train_batch_size=4 // accumulation, max_grad_norm=0.0,
             gradient_accumulation_steps=accumulation, train_sampling_strategy="sequential",
         )  # fmt: skip
@@ -280,7 +265,9 @@ def test_label_smoothing_still_trains_the_routers(mode, tmp_path):
     batch = ragged_batch()
     known = {name: batch[name] for name in ("input_ids", "attention_mask")}
     model = build(**MODES[mode])
-    Trainer(model=model, args=arguments(tmp_path, label_smoothing_factor=0.1)).compute_loss(model, batch).backward()
+    Trainer(model=model, args=training_arguments(tmp_path, label_smoothing_factor=0.1)).compute_loss(
+        model, batch
+    ).backward()
     found = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
 
     labels, model = ragged_batch()["labels"][:, 1:], build(**MODES[mode])
@@ -310,7 +297,12 @@ def test_distillation_loss_is_its_definition(tmp_path):
     torch.manual_seed(5)
     teacher = LlamaForCausalLM(source_config()).eval()
     trainer = DistillationTrainer(
-        model=student, teacher=teacher, args=arguments(tmp_path), distillation_weight=0.7, temperature=2.0, chunk=5
+        model=student,
+        teacher=teacher,
+        args=training_arguments(tmp_path),
+        distillation_weight=0.7,
+        temperature=2.0,
+        chunk=5,
     )
     batch = ragged_batch()
     loss, outputs = trainer.compute_loss(student, dict(batch), return_outputs=True)
@@ -339,7 +331,7 @@ def test_logged_parts_have_the_scale_of_the_loss(average, tmp_path, monkeypatch)
     trainer = DistillationTrainer(
         model=student,
         teacher=LlamaForCausalLM(source_config()),
-        args=arguments(tmp_path, average_tokens_across_devices=average),
+        args=training_arguments(tmp_path, average_tokens_across_devices=average),
         distillation_weight=0.7,
     )
     loss = trainer.compute_loss(student, ragged_batch(), num_items_in_batch=torch.tensor(500)).item()
@@ -355,7 +347,7 @@ def test_distillation_moves_the_student_towards_the_teacher(converted, tmp_path)
     trainer = DistillationTrainer(
         model=student,
         teacher=teacher,
-        args=arguments(tmp_path, max_steps=12, per_device_train_batch_size=8),
+        args=training_arguments(tmp_path, max_steps=12, per_device_train_batch_size=8),
         train_dataset=text_blocks(),
         eval_dataset=torch.utils.data.Subset(text_blocks(), range(4)),
     )
@@ -379,7 +371,7 @@ def test_distillation_moves_the_student_towards_the_teacher(converted, tmp_path)
 )
 def test_distillation_refuses(fields, message, tmp_path):
     fields = dict(fields)
-    args = arguments(tmp_path, label_smoothing_factor=fields.pop("label_smoothing_factor", 0.0))
+    args = training_arguments(tmp_path, label_smoothing_factor=fields.pop("label_smoothing_factor", 0.0))
     teacher = LlamaForCausalLM(fields.pop("teacher", source_config()))
     with pytest.raises(ValueError, match=message):
         DistillationTrainer(model=build(**EXPERT), teacher=teacher, args=args, **fields)
@@ -394,7 +386,7 @@ def test_time_limit_stops_in_time(tmp_path, capsys):
     limit.tokens_per_step = 4 * 48
     trainer = Trainer(
         model=model,
-        args=arguments(tmp_path, max_steps=1_000_000),
+        args=training_arguments(tmp_path, max_steps=1_000_000),
         train_dataset=text_blocks(),
         optimizers=(optimizer, limit.schedule(optimizer)),
     )

@@ -5,7 +5,7 @@ import weakref
 
 import pytest
 import torch
-from test_cost_jrt import CountedProducts
+from matrix_products import MatrixProducts
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from varidepth import JRTConfig, JRTForCausalLM, MoDConfig, MoDForCausalLM, MoRConfig, MoRForCausalLM
@@ -50,7 +50,7 @@ def test_flops_of_a_step(name, checkpointing):
     model = make(name)
     if checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
-    with CountedProducts() as counted:
+    with MatrixProducts() as counted:
         model(**batch(model, 2, 40)).loss.backward()
     expected = 2 * row_flops(model.config, 40, gradient_checkpointing=checkpointing)
     # gradients of convolutions are one operation that is not counted, and first states have none
@@ -60,7 +60,7 @@ def test_flops_of_a_step(name, checkpointing):
 def test_long_rows_of_jrt_compute_attention_again(monkeypatch):
     monkeypatch.setattr(prefix_linear_attention, "BLOCK_TOKENS", 64)
     model = make("jrt")
-    with CountedProducts() as counted:
+    with MatrixProducts() as counted:
         model(**batch(model, 1, 200)).loss.backward()
     assert counted.flops == pytest.approx(row_flops(model.config, 200), rel=0.04)
 

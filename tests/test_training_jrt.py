@@ -3,8 +3,8 @@
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from real_text import VOCABULARY, text_blocks, text_tokenizer
-from test_training import arguments, gradients
+from real_text import VOCABULARY, text_blocks, text_tokenizer, training_arguments
+from test_training import gradients
 from tiny_jrt import tiny_jrt, tokens
 from torch.utils.data import Subset
 from transformers import AutoModelForCausalLM, DataCollatorForLanguageModeling, Trainer
@@ -24,7 +24,9 @@ def trainer_of(model, folder, rows=64, collator="jrt", **settings) -> Trainer:
     if collator == "jrt":
         collator = JRTCollator.from_model_config(model.config, seed=0)
     data = Subset(text_blocks(), range(rows))
-    return Trainer(model=model, args=arguments(folder, **settings), train_dataset=data, data_collator=collator)
+    return Trainer(
+        model=model, args=training_arguments(folder, **settings), train_dataset=data, data_collator=collator
+    )
 
 
 def losses_of(trainer) -> list[float]:
@@ -59,7 +61,7 @@ def test_recall_is_learned(tmp_path):
     settings = {"max_steps": 200, "per_device_train_batch_size": 32, "learning_rate": 5e-3, "logging_steps": 20}
     trainer = Trainer(
         model=model,
-        args=arguments(tmp_path, remove_unused_columns=False, **settings),
+        args=training_arguments(tmp_path, remove_unused_columns=False, **settings),
         train_dataset=[{"input_ids": row, "completion_mask": [0, 0, 0, 0, 0, 1]} for row in recalls(6400)],
         data_collator=JRTCollator.from_model_config(model.config, prefix_length="prompt", mlm_probability=0.05),
     )
@@ -109,7 +111,9 @@ def test_trainer_accumulates_exactly_what_has_equal_label_counts(tmp_path):
         )
         trainer = Trainer(
             model=model,
-            args=arguments(tmp_path, max_steps=1, max_grad_norm=0.0, train_sampling_strategy="sequential", **settings),
+            args=training_arguments(
+                tmp_path, max_steps=1, max_grad_norm=0.0, train_sampling_strategy="sequential", **settings
+            ),
             train_dataset=[{"input_ids": row} for row in rows],
             data_collator=collator,
             optimizers=(Recording(model.parameters(), lr=0.0), None),

@@ -6,7 +6,7 @@ import pytest
 import torch
 from datasets import Dataset
 from peft import LoraConfig
-from real_text import VOCABULARY, text_blocks, text_tokenizer
+from real_text import SHORT_TRAINING, VOCABULARY, text_blocks, text_tokenizer
 from test_training import MODES, assert_same_gradients, build
 from tiny_jrt import tiny_jrt
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
@@ -58,19 +58,12 @@ def trainer_of(cls, model, folder, dataset=None, trainer_fields=None, **settings
     """A trainer whose optimizer only records the gradients that it sees, in `trainer.seen`."""
     common = {
         "output_dir": str(folder / "trl"),
+        **SHORT_TRAINING,
         "max_steps": 1,
-        "per_device_train_batch_size": 4,
-        "learning_rate": 3e-3,
-        "logging_steps": 1,
-        "save_strategy": "no",
-        "report_to": "none",
-        "use_cpu": True,
         "bf16": False,
         "gradient_checkpointing": False,
-        "disable_tqdm": True,
         "max_grad_norm": 0.0,
         "train_sampling_strategy": "sequential",
-        "seed": 0,
     }
     if cls is GRPOTrainer:
         common |= {"num_generations": 2, "max_completion_length": 6}
