@@ -140,10 +140,11 @@ def test_flex_attention_on_routed_layers_is_refused(tiny):
 def test_shared_keys_skip_the_projections():
     model = tiny_mor(kv_mode="shared", routing="none")
     projection = model.model.layers[1].self_attn.k_proj
-    skipped = []
-    projection.register_forward_hook(lambda module, args, output: skipped.append(module.skipped))
+    computed = []
+    projection.register_forward_hook(lambda module, args, output: computed.append(output))
     model(_prompts())
-    assert skipped == [False, True, True]
+    # by the first of three recursions alone
+    assert len(computed) == 1
 
 
 @pytest.mark.parametrize("tiny", [tiny_mor, tiny_mod])
