@@ -36,8 +36,8 @@ def jrt_flops(
     """FLOPs of one call for one row.
 
     Counted are matrix products, and the taps of convolutions, which are none. The state that a decode step writes is
-    no product either. Sliding windows are counted as run in blocks of 1024 tokens, as with SDPA attention; eager
-    attention multiplies all tokens of a longer row.
+    no product either. Sliding windows are counted as run in blocks (`window_blocks`), as with SDPA
+    attention; eager attention multiplies all tokens of a longer row.
 
     Args:
         config: of a JRT-RNN.
@@ -111,7 +111,6 @@ def _head_flops(config: JRTConfig, tokens: int, prefix: int) -> int:
 
 
 def recomputed_flops(config: JRTConfig, tokens: int) -> float:
-    """FLOPs of prefix linear attention that a backward pass repeats, since long rows only keep their inputs."""
-    if tokens <= prefix_linear_attention.BLOCK_TOKENS:
-        return 0.0
-    return jrt_flops(config, tokens).linear_attention
+    """FLOPs that a backward pass repeats: those of convolutions, and in long rows of prefix linear attention."""
+    flops = jrt_flops(config, tokens)
+    return flops.conv + (flops.linear_attention if tokens > prefix_linear_attention.BLOCK_TOKENS else 0.0)

@@ -167,7 +167,7 @@ def _layer_bytes(config: Any, kind: Any, seq_len: int, value: int) -> float:
 def _mixer_values(config: Any, kind: str, seq_len: int) -> float:
     d = config.hidden_size
     if kind == "conv":
-        return 12 * d
+        return 4 * d  # values and gates; the rest is computed again
     if kind == "sliding_attention":
         return 2 * d + 2 * (config.num_key_value_heads or config.num_attention_heads) * config.head_dim
     vectors = config.num_attention_heads * config.feature_dim

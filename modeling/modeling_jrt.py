@@ -173,7 +173,7 @@ class JRTModel(JRTPreTrainedModel):
         encoder_mask: torch.Tensor | None = None,
         **kwargs: Any,
     ) -> JRTModelOutputWithPast:
-        """As in every decoder of transformers, and:
+        """As in every decoder of transformers, but makes no cache in training, and:
 
         Args:
             prefix_length (`int` or `torch.LongTensor` of shape `(batch,)`, *optional*):
@@ -197,7 +197,7 @@ class JRTModel(JRTPreTrainedModel):
                     "cache; train without one, or call `model.eval()` to generate."
                 )
             cache = None
-        elif use_cache and cache is None:
+        elif use_cache and cache is None and not self.training:
             cache = DynamicCache(config=config)
         if cache is not None:
             self.adopt_cache(cache)

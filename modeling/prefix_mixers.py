@@ -5,6 +5,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 from transformers.cache_utils import Cache
 
 from .feature_maps import FeatureMap, find_feature_map
@@ -156,7 +157,17 @@ class GatedShortConvolution(nn.Module):
                 0 at pads, over which the taps reach: neighbours are the valid tokens of a row.
             cache: with transformers' layer for convolutions at `layer_idx`.
         """
-        value, gate = self.in_proj(hidden_states).mT.chunk(2, dim=1)
+        projected = self.in_proj(hidden_states)
+        if cache is not None or not torch.is_grad_enabled() or torch.compiler.is_compiling():
+            return self._mix(projected, attention_mask, cache)
+        # in training a layer would keep twice what attention does; what is cheap is computed again
+        return checkpoint(self._mix, projected, attention_mask, use_reentrant=False)
+
+    def _mix(
+        self, projected: torch.Tensor, attention_mask: torch.Tensor | None, cache: Cache | None = None
+    ) -> torch.Tensor:
+        """Output for values and gates, of shape `(batch, tokens, 4 * hidden_size)`."""
+        value, gate = projected.mT.chunk(2, dim=1)
         tokens = value.shape[-1]
         if cache is not None:
             value = cache.update_conv_state(value.contiguous(), self.layer_idx, conv_kernel_size=self.kernel_size)

@@ -12,7 +12,7 @@ from .cache_naming import CACHE
 
 
 # queries whose mask is held in memory at a time
-BLOCK_TOKENS = 1024
+BLOCK_TOKENS = 512
 
 
 class Window(NamedTuple):
@@ -25,6 +25,7 @@ class Window(NamedTuple):
         mask: of the attention function, for all tokens at once; `None` in blocks too.
         in_blocks: the tokens are too many for one mask.
         seen: columns seen before.
+        shared_masks: masks of blocks that all rows, blocks and layers can share, by tokens and by keys before them.
     """
 
     position_ids: torch.Tensor
@@ -33,6 +34,7 @@ class Window(NamedTuple):
     mask: Any
     in_blocks: bool
     seen: int
+    shared_masks: dict[tuple[int, int], torch.Tensor | None]
 
 
 def make_window(
@@ -52,7 +54,7 @@ def make_window(
     if not in_blocks:
         mask = _mask(config, inputs_embeds, attention_mask, position_ids, cache, layer_idx=None)
     embeddings = rotary(inputs_embeds, position_ids=position_ids)
-    return Window(position_ids, embeddings, attention_mask, mask, in_blocks, seen)
+    return Window(position_ids, embeddings, attention_mask, mask, in_blocks, seen, {})
 
 
 def attend(
@@ -75,6 +77,7 @@ def attend(
             **kwargs,
         )[0]
     config = attention.config
+    shares = cache is None and window.attention_mask is None
     if cache is None:
         cache = DynamicCache(config=config)
     outputs = []
@@ -84,7 +87,13 @@ def attend(
         seen = window.attention_mask
         seen = None if seen is None else seen[:, : window.seen + start + block.shape[1]]
         positions = window.position_ids[:, part]
-        mask = _mask(config, block, seen, positions, cache, layer_idx=attention.layer_idx)
+        size = block.shape[1], min(start, config.sliding_window - 1)
+        if shares and size in window.shared_masks:
+            mask = window.shared_masks[size]
+        else:
+            mask = _mask(config, block, seen, positions, cache, layer_idx=attention.layer_idx)
+            if shares:
+                mask = window.shared_masks[size] = _shareable(mask, block.dtype)
         cos, sin = window.position_embeddings
         outputs.append(
             attention(
@@ -96,6 +105,13 @@ def attend(
             )[0]
         )
     return torch.cat(outputs, dim=1)
+
+
+def _shareable(mask: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor | None:
+    """The mask of one row, additive: of a boolean one each call would keep a copy like this for the backward pass."""
+    if mask is None or mask.dtype != torch.bool:
+        return mask
+    return torch.zeros(mask[:1].shape, dtype=dtype, device=mask.device).masked_fill_(~mask[:1], float("-inf"))
 
 
 def _mask(

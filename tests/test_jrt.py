@@ -361,6 +361,53 @@ def test_gradients_through_blocks(monkeypatch):
     assert relative_error(gradients[1], gradients[0]) <= TOLERANCE
 
 
+def test_blocks_and_layers_share_their_masks(monkeypatch):
+    """Each mask is made, and kept for the backward pass, once; pads have masks of their own."""
+    model = tiny_jrt(layer_types=["sliding_attention"] * 2, num_hidden_layers=2, prefix_length=0).train()
+    ids, made = tokens(2, 44), []
+    monkeypatch.setattr(window_blocks, "BLOCK_TOKENS", 8)
+    make = window_blocks._mask
+
+    def counting(*args, **kwargs):
+        made.append(args)
+        return make(*args, **kwargs)
+
+    monkeypatch.setattr(window_blocks, "_mask", counting)
+    model(ids, use_cache=False)
+    # the first block, those behind it, and what is left at the end
+    assert len(made) == 3
+    model(ids, attention_mask=torch.ones_like(ids).index_fill(1, torch.tensor([0]), 0), use_cache=False)
+    assert len(made) == 3 + 2 * 6
+
+
+@torch.enable_grad()
+def test_convolutions_keep_no_more_than_values_and_gates():
+    model, ids = tiny_jrt(layer_types=["conv"] * 2, num_hidden_layers=2, prefix_length=0).train(), tokens(2, 30)
+    layer = model.model.layers[0].conv
+    mask = torch.ones_like(ids).index_fill(1, torch.tensor([0, 1]), 0)
+    hidden_states = torch.randn(2, 30, model.config.hidden_size, requires_grad=True)
+    kept: dict[int, int] = {}
+
+    def keep(tensor):
+        kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    for attention_mask in (None, mask):
+        kept.clear()
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            output = layer(hidden_states, attention_mask)
+        weights = sum(p.numel() * p.element_size() for p in layer.parameters())
+        inputs = 0 if attention_mask is None else mask.numel() * mask.element_size()
+        # its input, and four times as much inside
+        assert sum(kept.values()) <= 5 * hidden_states.numel() * hidden_states.element_size() + weights + inputs
+        parameters = [hidden_states, *layer.parameters()]
+        again = torch.autograd.grad(output.square().sum(), parameters)
+        direct = layer._mix(layer.in_proj(hidden_states), attention_mask)
+        assert torch.equal(direct, output)
+        for one, other in zip(again, torch.autograd.grad(direct.square().sum(), parameters), strict=True):
+            assert torch.equal(one, other)
+
+
 # --- short prompts as the official code reads them
 
 
