@@ -5,8 +5,8 @@
 A step is forward and backward, without optimizer. MoR and MoD are compared with a vanilla Llama of the same unrolled
 depth, JRT-RNN with one of as many layers of the same widths, on longer rows; all models of a group have random weights
 and take turns in one process (see `interleaved.py`). The limit is the share of vanilla's matrix products that is left
-(three times those of a forward pass, on both sides), `reached` the limit over the ratio of the times; both are given
-as the accountant counts, and without the products that SDPA skips. Peak memory is what a step adds to the resident
+(`training_cost`, forward and backward), `reached` the limit over the ratio of the times; both are given as the
+accountant counts, and without the products that SDPA skips. Peak memory is what a step adds to the resident
 size of a process of its own, which has imported everything before: weights, gradients and activations.
 """
 
@@ -25,7 +25,8 @@ from interleaved import CLOCKS, machine, publish, take_turns
 from transformers import LlamaForCausalLM
 
 from varidepth import JRTForCausalLM, MoDForCausalLM, MoRForCausalLM
-from varidepth.analysis.cost import forward_flops, slot_loads, training_routing
+from varidepth.analysis.cost import slot_loads, training_routing
+from varidepth.analysis.training_cost import row_flops
 
 
 SHAPE: dict[str, Any] = {
@@ -111,13 +112,12 @@ def step_flops(contender: Contender, skips: bool) -> float:
             diagonal. It cannot where a mask is given: in windows, and where tokens read the keys of all others.
     """
     config, tokens = contender.config(), contender.batch[1]
-    routing = training_routing(config, tokens)
-    flops = forward_flops(config, routing)
-    total = flops.total
-    if skips and config.model_type != "jrt":
-        masked = [load for load in slot_loads(config, routing) if load.queries < load.keys]
-        total -= (flops.attention - sum(4 * load.queries * load.keys for load in masked) * config.hidden_size) / 2
-    return 3 * total
+    flops = row_flops(config, tokens)
+    if not skips or config.model_type == "jrt":
+        return flops
+    loads = slot_loads(config, training_routing(config, tokens))
+    skipped = sum(2 * load.queries * load.keys * config.hidden_size for load in loads if load.queries == load.keys)
+    return flops - 3 * skipped
 
 
 def peak_memory(name: str) -> int:
@@ -131,6 +131,8 @@ def peak_memory(name: str) -> int:
 
 def measure_memory(name: str) -> int:
     """The same, of this process."""
+    import torch._dynamo  # noqa: F401  whose import checkpointed functions wait for
+
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     CONTENDERS[name].step(CONTENDERS[name].build())(0)
     return 1024 * (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
