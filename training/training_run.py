@@ -104,7 +104,9 @@ def make_trainer(recipe: TrainingRecipe, *, resume: bool = False, show: bool = T
     if recipe.model.start_routers and not resume:
         sample = islice(_text(recipe, "joined", tokenizer), max(1, _ROUTER_TOKENS // recipe.training.seq_len))
         rows = torch.stack([row["input_ids"] for row in sample])
-        start_routers(model.to(args.device), rows.split(recipe.training.rows))
+        # through nn.Module, since transformers types its own `to` as without arguments
+        torch.nn.Module.to(model, args.device)
+        start_routers(model, rows.split(recipe.training.rows))
     stream = _text(recipe, packing_of(recipe, model.config), tokenizer)
     trainer = Trainer(
         model=model,
