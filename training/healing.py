@@ -76,9 +76,9 @@ class HealingTrainer(DistillationTrainer):
 def relative_groups(model: nn.Module, learning_rate: float) -> list[dict[str, Any]]:
     """Optimizer groups in which parameters move by the same share of their size per step.
 
-    Pretrained models hold matrices whose entries differ in size by an order of magnitude, and what moves some too
-    slowly destroys what others know. AdamW moves every entry by about its learning rate, so a rate in proportion to
-    the root mean square of the parameter moves all alike; weights that begin at 0 move as the smallest others do.
+    The entries of pretrained matrices differ in size, between kinds and between models, and a rate that is right for
+    large ones destroys small ones. AdamW moves every entry by about its learning rate, so a rate in proportion to the
+    root mean square of the parameter moves all alike; weights that begin at 0 move as the smallest others do.
 
     Args:
         model: its parameters that require a gradient are grouped.
