@@ -7,6 +7,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from accelerate import PartialState
+
 from ..conversion.checkpoint_writer import check_output
 from ..conversion.source_checkpoint import open_source
 from ..training.healing_checkpoint import write_healed
@@ -42,7 +44,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     length = parser.add_mutually_exclusive_group(required=True)
     length.add_argument("--minutes", type=float, help="how long to train")
     length.add_argument("--tokens", type=int, help="how many tokens to train on")
-    parser.add_argument("--start", choices=STARTS, help=f"how the shared layers begin (default: {_DEFAULTS.start})")
+    parser.add_argument(
+        "--start", choices=STARTS, help="how the shared layers begin (default: fitted, where the model can be)"
+    )
     parser.add_argument(
         "--hidden-states", choices=MATCHED_STATES, help=f"where they are compared (default: {_DEFAULTS.hidden_states})"
     )
@@ -51,6 +55,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         parser.add_argument(flag, type=kind, help=f"{text} (default: {getattr(_DEFAULTS, name)})")
     parser.add_argument("--train-embeddings", action="store_true", default=None, help="train embeddings and head too")
     parser.add_argument("--text-column", default="text", help="column of the text (default: text)")
+    parser.add_argument("--text-config", help="configuration of a dataset on the Hub")
+    parser.add_argument("--text-split", default="train", help="split of a dataset on the Hub (default: train)")
     parser.add_argument("--work", help="folder for checkpoints of the training (default: OUTPUT-training)")
     parser.add_argument("--resume", action="store_true", help="go on with the last checkpoint of the training")
     parser.add_argument("--overwrite", action="store_true", help="replace a checkpoint in the output folder")
@@ -79,10 +85,12 @@ def run(args: argparse.Namespace) -> None:
         tokenizer,
         settings,
         args.work or f"{output}-training",
-        column=args.text_column,
+        text_options={"config": args.text_config, "split": args.text_split, "column": args.text_column},
         resume=args.resume,
         show=not args.quiet and sys.stderr.isatty(),
     )
+    if not PartialState().is_main_process:
+        return
     checkpoint = open_source(local or args.checkpoint, allowed=(model.config.model_type,))
     write_healed(model, checkpoint, output, settings, healed, overwrite=args.overwrite)
     print(json.dumps(_figures(healed), indent=2) if args.json else _text(healed))
@@ -92,6 +100,7 @@ def _figures(healed: Healed) -> dict[str, Any]:
     return {
         "steps": healed.steps,
         "tokens": healed.tokens,
+        "not_fitted": healed.not_fitted,
         "fitted": [dataclasses.asdict(layer) for layer in healed.fitted],
         "calibration": None if healed.calibration is None else dataclasses.asdict(healed.calibration),
         "log": [entry for entry in healed.log if "kl" in entry],
@@ -104,6 +113,8 @@ def _text(healed: Healed) -> str:
         last = healed.fitted[-1]
         errors = ", ".join(f"{error:.3f}" for error in last.error)
         lines.append(f"fitted      {len(healed.fitted)} layers; relative error behind the last one {errors}")
+    if healed.not_fitted is not None:
+        lines.append(f"not fitted  {healed.not_fitted}")
     logs = [entry for entry in healed.log if "kl" in entry]
     lines.append(f"trained     {healed.tokens} tokens in {healed.steps} steps")
     if logs:

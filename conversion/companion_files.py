@@ -1,6 +1,7 @@
 """What belongs to a checkpoint beside weights and configuration: tokenizer, generation settings, terms of use."""
 
 import shutil
+from collections.abc import Iterable
 from pathlib import Path
 
 from transformers import AutoTokenizer, GenerationConfig
@@ -39,6 +40,20 @@ def copy_companions(source: SourceCheckpoint, folder: Path) -> None:
         return
     tokens = {name: getattr(source.config, name, None) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
     GenerationConfig(**{name: value for name, value in tokens.items() if value is not None}).save_pretrained(folder)
+
+
+def files_without(folder: Path, *patterns: str) -> list[Path]:
+    """All files in a folder and below it, but those in the folder itself that match a pattern."""
+    left_out = {path for pattern in patterns for path in folder.glob(pattern)}
+    return [path for path in sorted(folder.rglob("*")) if path.is_file() and path not in left_out]
+
+
+def copy_files(files: Iterable[Path], source: Path, target: Path) -> None:
+    """Copies files of the folder `source` to the same places in `target`."""
+    for path in files:
+        copy = target / path.relative_to(source)
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(path, copy)
 
 
 def _names_its_class(folder: Path) -> bool:

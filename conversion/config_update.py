@@ -1,11 +1,11 @@
 """A checkpoint with some fields of its configuration changed, everything else to the last bit as it was."""
 
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from .checkpoint_writer import check_output, new_folder, write_json
+from .companion_files import copy_files, files_without
 from .source_checkpoint import SourceCheckpoint
 from .tensor_source import read_json
 
@@ -26,10 +26,7 @@ def copy_with_config(
     """
     target = Path(output)
     check_output(target, checkpoint.folder, overwrite=overwrite)
-    files = [path for path in sorted(checkpoint.folder.rglob("*")) if path.is_file() and path.name != "config.json"]
+    files = files_without(checkpoint.folder, "config.json")
     with new_folder(target, sum(path.stat().st_size for path in files), overwrite=overwrite) as folder:
-        for path in files:
-            copy = folder / path.relative_to(checkpoint.folder)
-            copy.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(path, copy)
+        copy_files(files, checkpoint.folder, folder)
         write_json(folder / "config.json", {**read_json(checkpoint.folder / "config.json"), **changes})

@@ -1,6 +1,7 @@
 """`varidepth heal` and the run behind it: complete checkpoints, exact resume, what the user is told."""
 
 import json
+import time
 
 import pytest
 import torch
@@ -19,6 +20,7 @@ def folders(tmp_path_factory):
     folder = tmp_path_factory.mktemp("heal")
     save_source(folder / "source")
     convert(folder / "source", folder / "mor", num_recursions=2, quiet=True)
+    convert(folder / "source", folder / "mod", to="mod", capacity=0.5, routing_unit="attention", quiet=True)
     (folder / "text.txt").write_text("\n\n".join(load_documents()[:6]), encoding="utf-8")
     return folder
 
@@ -64,6 +66,15 @@ def test_says_in_short_what_it_did(folders, tmp_path, capsys):
     assert "fitted" not in said and "trained" in said and "compute" in said
 
 
+def test_says_why_it_did_not_fit(folders, tmp_path, capsys):
+    command = ["heal", str(folders / "mod"), str(folders / "text.txt"), "--source", str(folders / "source")]
+    command += ["--tokens", "192", *SHORT]
+    assert main([*command, "-o", str(tmp_path / "healed")]) == 0
+    assert "not fitted  The model is a 'mod' without repeated layers" in capsys.readouterr().out
+    assert main([*command, "-o", str(tmp_path / "other"), "--start", "fitted"]) == 2
+    assert "heal without a fitted start" in capsys.readouterr().err and not (tmp_path / "other").exists()
+
+
 class StopAt(TrainerCallback):
     def __init__(self, step):
         self.step = step
@@ -73,28 +84,59 @@ class StopAt(TrainerCallback):
             control.should_training_stop = True
 
 
-def test_resumes_to_the_last_bit(folders, tmp_path):
-    """Stopped in the midst of the routing's beginning, with half of the rows drawn."""
+@pytest.mark.parametrize("kind", ["mor", "mod"])
+@pytest.mark.parametrize("stop", [6, 7])
+def test_resumes_to_the_last_bit(kind, stop, folders, tmp_path):
+    """Stopped before or behind the step in which routers start, with half of the rows drawn."""
     text = load_documents()[:6]
     settings = HealingSettings(
-        tokens=48 * 4 * 12, seq_len=48, batch_size=4, fit_tokens=1024, save_steps=7, vocabulary_rows=0.5
-    )
+        tokens=48 * 4 * 12, seq_len=48, batch_size=4, fit_tokens=1024, save_steps=stop, vocabulary_rows=0.5,
+        routing_begin=0.5,
+    )  # fmt: skip
     source = LlamaForCausalLM.from_pretrained(folders / "source").eval()
 
     def run(folder, **kwargs):
-        model = AutoModelForCausalLM.from_pretrained(folders / "mor")
+        model = AutoModelForCausalLM.from_pretrained(folders / kind)
         healed = heal(model, source, text, text_tokenizer(), settings, folder, show=False, **kwargs)
         return model, healed
 
     whole, _ = run(tmp_path / "whole")
-    run(tmp_path / "parts", callbacks=[StopAt(7)])
+    run(tmp_path / "parts", callbacks=[StopAt(stop)])
+    with pytest.raises(ValueError, match=f"checkpoint-{stop} of another run"):
+        run(tmp_path / "parts")
     again, healed = run(tmp_path / "parts", resume=True)
     assert healed.steps == 12 and not healed.fitted
     for (name, expected), found in zip(whole.named_parameters(), again.parameters(), strict=True):
         assert torch.equal(found, expected), name
+    assert whole.config.capacities == again.config.capacities
     assert whole.config.router_thresholds == again.config.router_thresholds
     # a checkpoint of the training loads by itself
-    assert AutoModelForCausalLM.from_pretrained(tmp_path / "parts" / "checkpoint-7").config.num_recursions == 2
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "parts" / f"checkpoint-{stop}").config.model_type == kind
+
+
+def test_a_resumed_clock_goes_on(folders, tmp_path):
+    source = LlamaForCausalLM.from_pretrained(folders / "source").eval()
+    settings = HealingSettings(minutes=0.2, seq_len=48, batch_size=4, start="as_converted", save_steps=4)
+
+    def run(**kwargs):
+        model = AutoModelForCausalLM.from_pretrained(folders / "mor")
+        text = load_documents()[:6]
+        return heal(model, source, text, text_tokenizer(), settings, tmp_path / "training", show=False, **kwargs)
+
+    run(callbacks=[StopAt(4)])
+    state = json.loads((tmp_path / "training" / "checkpoint-4" / "trainer_state.json").read_text())
+    spent = state["stateful_callbacks"]["TimeLimitCallback"]["attributes"]["seconds"]
+    assert 0 < spent < 12
+    begin = time.monotonic()
+    assert run(resume=True).steps > 4
+    # sampling, loading and calibration take their time beside the training
+    trained = json.loads(max((tmp_path / "training").glob("checkpoint-*/trainer_state.json"), key=_step).read_text())
+    seconds = trained["stateful_callbacks"]["TimeLimitCallback"]["attributes"]["seconds"]
+    assert spent < seconds <= 12 and time.monotonic() - begin > seconds - spent
+
+
+def _step(path):
+    return int(path.parent.name.removeprefix("checkpoint-"))
 
 
 def test_rows_are_drawn_alike_each_time():

@@ -324,11 +324,19 @@ def test_a_model_that_is_exact_already_stays_so(family):
 
 
 def test_what_cannot_be_fitted_is_refused(source):
-    with pytest.raises(ValueError, match="without repeated layers"):
+    with pytest.raises(ValueError, match="'mod' without repeated layers"):
         fit_shared_layers(MoDForCausalLM(MoDConfig.from_backbone(source.config)), source, [])
     model = shared_model(source, "middle_cycle")
     with pytest.raises(ValueError, match="holds no token"):
         fit_shared_layers(model, source, [])
     shallow = LlamaForCausalLM(source_config(num_hidden_layers=4))
+    for fields, said in (
+        ({"recursion_rank": 2}, "parameters of its own"),
+        ({"kv_mode": "shared"}, "keys and values of the first one"),
+        ({"routing": "expert_choice", "gating": "additive"}, "'additive' changes what layers write"),
+    ):
+        other = MoRForCausalLM(config(**{"routing": "none", **fields}))
+        with pytest.raises(ValueError, match=said):
+            fit_shared_layers(other, source, text_blocks().blocks[:1].split(1))
     with pytest.raises(ValueError, match="6 unrolled layers and the source 4"):
         fit_shared_layers(model, shallow, text_blocks().blocks[:1].split(1))

@@ -15,8 +15,9 @@ from real_text import VOCABULARY, save_source, text_tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from varidepth.cli.main import main
+from varidepth.training.training_checkpoints import last_checkpoint
 from varidepth.training.training_recipe import TrainingRecipe
-from varidepth.training.training_run import last_checkpoint, make_trainer
+from varidepth.training.training_run import make_trainer
 
 
 SIZES = {"vocab_size": VOCABULARY + 4, "hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4}

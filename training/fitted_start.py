@@ -74,9 +74,12 @@ def fit_shared_layers(
         What was done, layer by layer, in the last sweep.
 
     Raises:
-        ValueError: for another family or depth, recursions with parameters of their own, or a text without tokens.
+        ValueError: for what `why_not_fitted` says, or a text without tokens.
     """
-    slots = _shared_slots(model, source)
+    reason = why_not_fitted(model, source)
+    if reason is not None:
+        raise ValueError(f"{reason}; heal without a fitted start.")
+    slots = _shared_slots(model.config.physical_layers)
     batches = [ids.to(source.device) for ids in batches]
     if not sum(ids.numel() for ids in batches):
         raise ValueError("The calibration text holds no token: give rows of some hundred tokens.")
@@ -101,28 +104,34 @@ def fit_shared_layers(
     return report
 
 
-def _shared_slots(model: PreTrainedModel, source: PreTrainedModel) -> dict[int, list[int]]:
-    """Unrolled indices of each shared layer."""
+def why_not_fitted(model: PreTrainedModel, source: PreTrainedModel) -> str | None:
+    """Why the layers of a model cannot be fitted to those of a source, as a clause; `None` if they can."""
     config: Any = model.config
     if config.model_type != "mor" or config.num_recursions < 2:
-        raise ValueError(f"A {config.model_type!r} model without repeated layers has none to fit: give a MoR.")
+        return f"The model is a {config.model_type!r} without repeated layers, and only those of a MoR are fitted"
     if config.backbone not in FITTED_BACKBONES or source.config.model_type != config.backbone:
-        raise ValueError(
-            f"The backbone is {config.backbone!r} and the source {source.config.model_type!r}, but layers can only be "
-            f"fitted in and to one of {', '.join(FITTED_BACKBONES)}; heal without a fitted start."
+        return (
+            f"The backbone is {config.backbone!r} and the source {source.config.model_type!r}, but layers are only "
+            f"fitted in and to one of {', '.join(FITTED_BACKBONES)}"
         )
     if config.num_hidden_layers != source.config.num_hidden_layers:
-        raise ValueError(
+        return (
             f"The model has {config.num_hidden_layers} unrolled layers and the source "
-            f"{source.config.num_hidden_layers}; convert without dropping layers."
+            f"{source.config.num_hidden_layers}, whose layers must not have been dropped"
         )
-    if any(getattr(config, name, None) for name in ("recursion_rank", "recursion_norms")):
-        raise ValueError(
-            "Each recursion has parameters of its own, which conversion has started already; heal without a fitted "
-            "start."
-        )
+    if config.recursion_rank or config.recursion_norms:
+        return "Each recursion has parameters of its own, which conversion has started already"
+    if config.kv_mode == "shared":
+        return "Deeper recursions read keys and values of the first one, which no layer of the source does"
+    if config.routing != "none" and config.gating != "interpolate":
+        return f"The gating {config.gating!r} changes what layers write, which only 'interpolate' leaves as it is"
+    return None
+
+
+def _shared_slots(physical_layers: list[int]) -> dict[int, list[int]]:
+    """Unrolled indices of each shared layer."""
     slots: dict[int, list[int]] = {}
-    for slot, layer in enumerate(config.physical_layers):
+    for slot, layer in enumerate(physical_layers):
         slots.setdefault(layer, []).append(slot)
     return {layer: at for layer, at in slots.items() if len(at) > 1}
 

@@ -14,13 +14,14 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel, TrainerCallback
+from transformers import PreTrainedModel
 
 from .distillation import DistillationTrainer, innermost
 from .hidden_matching import hidden_distance, matched_states
 from .importance_start import start_by_importance
 from .router_start import start_routers
 from .schedules import Ramp, Schedule
+from .training_checkpoints import KeptCallback
 
 
 class HealingTrainer(DistillationTrainer):
@@ -105,7 +106,7 @@ def _root_mean_square(parameters: list[nn.Parameter]) -> float:
     return math.sqrt(squares / sum(p.numel() for p in parameters))
 
 
-class CapacityAnnealing(TrainerCallback):
+class CapacityAnnealing(KeptCallback):
     """Depth first, then routing: every token runs everything until `begin`; then routers start, and capacities fall.
 
     They fall to those of the configuration, along half a cosine, until `end`.
@@ -142,10 +143,16 @@ class CapacityAnnealing(TrainerCallback):
         """Adds this callback to its trainer."""
         self.trainer.add_callback(self)
 
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        # a resumed model has its routers already
-        self.started = state.global_step > 0 and self.trainer.progress() > self.way.begin
-        self._follow()
+    def keep(self) -> dict[str, Any]:
+        return {"started": self.started, "wanted": self.wanted}
+
+    def restore(self, kept: dict[str, Any] | None, step: int) -> None:
+        if kept is None:
+            raise ValueError(
+                f"The checkpoint of step {step} does not say whether its routers were started, as it was made without "
+                "a CapacityAnnealing: resume without one, or start anew."
+            )
+        self.started, self.wanted = kept["started"], kept["wanted"]
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._follow()
@@ -160,7 +167,7 @@ class CapacityAnnealing(TrainerCallback):
 
     def _follow(self) -> None:
         progress = self.trainer.progress()
-        if progress >= self.way.begin and progress > 0:
+        if progress >= self.way.begin:
             self._start()
         open_share = 1 - self.way(progress)
         self.model.config.capacities = [c + (1 - c) * open_share for c in self.wanted]

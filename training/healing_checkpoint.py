@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,6 +10,7 @@ import yaml
 from transformers import PreTrainedModel
 
 from ..conversion.checkpoint_writer import check_output, new_folder
+from ..conversion.companion_files import copy_files, files_without
 
 
 if TYPE_CHECKING:
@@ -43,14 +43,10 @@ def write_healed(
         ConversionError: if the output is not free or cannot be written.
     """
     check_output(output, checkpoint.folder, overwrite=overwrite)
-    weights = {path for pattern in _WEIGHTS for path in checkpoint.folder.glob(pattern)}
-    files = [path for path in sorted(checkpoint.folder.rglob("*")) if path.is_file() and path not in weights]
+    files = files_without(checkpoint.folder, *_WEIGHTS)
     needed = sum(p.numel() * p.element_size() for p in model.parameters()) + sum(p.stat().st_size for p in files)
     with new_folder(output, needed, overwrite=overwrite) as folder:
-        for path in files:
-            copy = folder / path.relative_to(checkpoint.folder)
-            copy.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(path, copy)
+        copy_files(files, checkpoint.folder, folder)
         model.save_pretrained(folder)
         card = folder / "README.md"
         text = card.read_text("utf-8") if card.is_file() else f"# {output.name}\n"

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 from transformers import PreTrainedModel, TrainingArguments
 
 from ..configuration.config_basics import check_choice
 from .calibration import Calibration, calibrate
-from .fitted_start import FittedLayer, fit_shared_layers
+from .fitted_start import FittedLayer, fit_shared_layers, why_not_fitted
 from .healing import CapacityAnnealing, HealingTrainer
 from .hidden_matching import MATCHED_STATES
 from .precision import bfloat16_is_faster
@@ -22,6 +24,7 @@ from .schedules import Schedule
 from .sharding import FullPrecisionRouters
 from .text_stream import StreamCallback, TextStream
 from .time_limit import TimeLimitCallback
+from .training_checkpoints import checkpoint_to_resume
 
 
 STARTS = ("fitted", "as_converted")
@@ -34,7 +37,9 @@ class HealingSettings:
     """
     Args:
         minutes, tokens: how long; exactly one of them.
-        start: `fitted` (see `fit_shared_layers`) or `as_converted`.
+        start:
+            `fitted` (see `fit_shared_layers`) or `as_converted`; by default fitted where the model can be, and
+            `Healed.not_fitted` says why where it cannot.
         fit_tokens: of the text, for the fitted start.
         seq_len, batch_size, accumulation: rows of tokens per forward pass, and passes per step.
         learning_rate: share of its size by which a parameter moves per step at most (`relative_groups`).
@@ -55,7 +60,7 @@ class HealingSettings:
 
     minutes: float | None = None
     tokens: int | None = None
-    start: str = "fitted"
+    start: str | None = None
     fit_tokens: int = 16384
     seq_len: int = 256
     batch_size: int = 2
@@ -78,7 +83,8 @@ class HealingSettings:
                 f"`minutes` is {self.minutes} and `tokens` {self.tokens}: give exactly one of them, as the length of "
                 "the training."
             )
-        check_choice("start", self.start, STARTS)
+        if self.start is not None:
+            check_choice("start", self.start, STARTS)
         check_choice("hidden_states", self.hidden_states, MATCHED_STATES)
         for name, least in (
             ("tokens", 1), ("fit_tokens", 2), ("seq_len", 2), ("batch_size", 1), ("accumulation", 1),
@@ -107,12 +113,14 @@ class Healed:
 
     Attributes:
         fitted: the layers of the fitted start.
+        not_fitted: why there was none; `None` if there was, or it was not wanted.
         steps, tokens: of the training, resumed ones included.
         calibration: of the routers; `None` for a model whose tokens all run everything.
         log: the trainer's log.
     """
 
     fitted: list[FittedLayer]
+    not_fitted: str | None
     steps: int
     tokens: int
     calibration: Calibration | None
@@ -127,7 +135,7 @@ def heal(
     settings: HealingSettings,
     folder: str | Path,
     *,
-    column: str = "text",
+    text_options: Mapping[str, Any] | None = None,
     resume: bool = False,
     callbacks: Sequence[Any] = (),
     show: bool = True,
@@ -141,22 +149,32 @@ def heal(
         tokenizer: of both.
         settings (`HealingSettings`)
         folder: for checkpoints of the training.
-        column: of the text.
-        resume: go on with the last checkpoint in `folder`.
+        text_options: `config`, `split` and `column` of the text, where it has them.
+        resume: go on behind the newest complete checkpoint in `folder`; begin anew if there is none.
         callbacks: further ones.
         show: whether to show a line of progress.
 
     Raises:
-        ValueError: for models and texts that do not fit.
+        ValueError: for models and texts that do not fit, and for a folder with checkpoints that are not to be resumed.
     """
-    rows = _sample(text, tokenizer, settings, column)
+    newest = checkpoint_to_resume(Path(folder), resume)
+
+    def read(packing: str, epochs: int | None) -> TextStream:
+        return TextStream(
+            text, tokenizer, settings.seq_len, packing=packing, shuffle_buffer=1024, seed=settings.seed, epochs=epochs,
+            **(text_options or {}),
+        )  # fmt: skip
+
+    sample = islice(read("joined", 1), math.ceil(settings.fit_tokens / settings.seq_len))
+    rows = torch.stack([row["input_ids"] for row in sample])
+    not_fitted = why_not_fitted(model, source) if settings.start is None else None
     fitted: list[FittedLayer] = []
-    if settings.start == "fitted" and not resume and model.config.model_type == "mor":
+    if newest is None and settings.start != "as_converted" and not_fitted is None:
         fitted = fit_shared_layers(model, source, draw_rows(rows, model.config.vocab_size, settings).split(4))
-    embeddings = [model.get_input_embeddings(), model.get_output_embeddings()]
-    for module in embeddings:
-        module.requires_grad_(settings.train_embeddings)
-    stream = TextStream(text, tokenizer, settings.seq_len, column=column, shuffle_buffer=1024, seed=settings.seed)
+    trained = {p: p.requires_grad for module in _embeddings(model) for p in module.parameters()}
+    for parameter in trained:
+        parameter.requires_grad_(settings.train_embeddings)
+    stream = read("documents", None)
     limit = None if settings.minutes is None else TimeLimitCallback(settings.minutes, progress=show)
     trainer = HealingTrainer(
         model=model,
@@ -174,38 +192,26 @@ def heal(
     trainer.data_collator = VocabularyRows(trainer.data_collator, model.config.vocab_size, settings)
     routed = getattr(model.config, "routing", None) == "expert_choice" and min(model.config.capacities) < 1
     router_rows = rows[: max(_ROUTER_TOKENS // settings.seq_len, 1)].split(4)
-    annealing = None
     if routed:
-        annealing = CapacityAnnealing(trainer, router_rows, begin=settings.routing_begin, end=settings.routing_end)
-        annealing.attach()
+        CapacityAnnealing(trainer, router_rows, begin=settings.routing_begin, end=settings.routing_end).attach()
     if limit is not None:
         limit.tokens_per_step = settings.tokens_per_step * trainer.args.world_size
         trainer.lr_scheduler = limit.schedule(trainer.create_optimizer())
         limit.attach(trainer)
     else:
         TrainingProgress(settings.tokens_per_step * trainer.args.world_size, show=show).attach(trainer)
-    trainer.train(resume_from_checkpoint=resume or None)
-    for module in embeddings:
-        module.requires_grad_(True)
+    trainer.train(resume_from_checkpoint=None if newest is None else str(newest))
+    for parameter, before in trained.items():
+        parameter.requires_grad_(before)
     model.eval()
     steps = trainer.state.global_step
     tokens = steps * settings.tokens_per_step * trainer.args.world_size
     calibration = calibrate(model, router_rows) if routed else None
-    return Healed(fitted, steps, tokens, calibration, trainer.state.log_history)
+    return Healed(fitted, not_fitted, steps, tokens, calibration, trainer.state.log_history)
 
 
-def _sample(text: Any, tokenizer: Any, settings: HealingSettings, column: str) -> torch.Tensor:
-    """Rows of the text's begin, shuffled as it is trained on, `(rows, seq_len)`."""
-    stream = TextStream(
-        text, tokenizer, settings.seq_len, column=column, packing="joined", shuffle_buffer=1024, seed=settings.seed,
-        epochs=1,
-    )  # fmt: skip
-    rows = []
-    for row in stream:
-        rows.append(row["input_ids"])
-        if len(rows) * settings.seq_len >= settings.fit_tokens:
-            break
-    return torch.stack(rows)
+def _embeddings(model: PreTrainedModel) -> list[nn.Module]:
+    return [model.get_input_embeddings(), model.get_output_embeddings()]
 
 
 class VocabularyRows:
@@ -239,7 +245,7 @@ def draw_rows(ids: torch.Tensor, vocabulary: int, settings: HealingSettings) -> 
 
 
 def _arguments(settings: HealingSettings, folder: str | Path) -> TrainingArguments:
-    on_gpu = torch.cuda.is_available()
+    accelerated = torch.accelerator.is_available()
     per_step = settings.tokens_per_step
     # with a limit in time, steps never end the training
     steps = 10**7 if settings.tokens is None else max(1, math.ceil(settings.tokens / per_step))
@@ -253,13 +259,13 @@ def _arguments(settings: HealingSettings, folder: str | Path) -> TrainingArgumen
         lr_scheduler_kwargs={"min_lr_rate": 0.1},
         warmup_steps=0.05,
         bf16=bfloat16_is_faster(),
-        use_cpu=not on_gpu,
+        use_cpu=not accelerated,
         logging_steps=10,
         save_strategy="steps" if settings.save_steps else "no",
         save_steps=settings.save_steps or 500,
         save_total_limit=2,
         report_to="none",
         disable_tqdm=True,
-        dataloader_pin_memory=on_gpu,
+        dataloader_pin_memory=accelerated,
         seed=settings.seed,
     )

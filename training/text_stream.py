@@ -18,12 +18,12 @@ from typing import Any, NamedTuple
 import torch
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import IterableDataset, get_worker_info
-from transformers import DataCollatorWithPadding, Trainer, TrainerCallback, default_data_collator
-from transformers.trainer_callback import ExportableState
+from transformers import DataCollatorWithPadding, Trainer, default_data_collator
 
 from ..configuration.config_basics import check_choice
 from ..modeling.prefix_loss import IGNORED
 from .text_source import Piece, TextSource, open_source
+from .training_checkpoints import KeptCallback
 
 
 PACKINGS = ("documents", "joined", "separate")
@@ -187,7 +187,7 @@ class TextStream(IterableDataset):
         }
 
 
-class StreamCallback(TrainerCallback, ExportableState):
+class StreamCallback(KeptCallback):
     """Keeps the place of a `TextStream` in each checkpoint, so that resumed training goes on with the next token.
 
     `Trainer` itself would read everything again up to that place. Attach it before training:
@@ -223,30 +223,29 @@ class StreamCallback(TrainerCallback, ExportableState):
         trainer.add_callback(self)
         self._trainer = trainer
 
+    def restore(self, kept: dict[str, Any] | None, step: int) -> None:
+        if kept is None or kept["text"] is None:
+            raise ValueError(
+                f"The checkpoint of step {step} does not say how far the text was read, as it was made without a "
+                "StreamCallback: resume without one, which reads up to there again, or start anew."
+            )
+        self.stream.load_state_dict(kept["text"])
+
     def on_train_begin(self, args, state, control, **kwargs: Any) -> None:
-        saved = state.stateful_callbacks.get(type(self).__name__)
-        if state.global_step:
-            if saved is None or saved["attributes"]["text"] is None:
-                raise ValueError(
-                    f"The checkpoint of step {state.global_step} does not say how far the text was read, as it was "
-                    "made without a StreamCallback: resume without one, which reads up to there again, or start anew."
-                )
-            self.stream.load_state_dict(saved["attributes"]["text"])
-        # Trainer only writes the states of callbacks that stand here
-        state.stateful_callbacks[type(self).__name__] = {"args": {}, "attributes": {"text": None}}
+        super().on_train_begin(args, state, control, **kwargs)
         self._first = state.global_step, self.stream.state_dict()["rows"]
 
     def on_train_end(self, args, state, control, **kwargs: Any) -> None:
         self._first = None
 
-    def state(self) -> dict[str, Any]:
+    def keep(self) -> dict[str, Any]:
         """The place behind the rows that all processes together have used so far."""
         text = None
         if self._trainer is not None and self._first is not None:
             step, row = self._first
             per_step = self._trainer.get_total_train_batch_size(self._trainer.args)
             text = self.stream.state_dict(row + (self._trainer.state.global_step - step) * per_step)
-        return {"args": {}, "attributes": {"text": text}}
+        return {"text": text}
 
 
 class _Mark(NamedTuple):

@@ -10,9 +10,10 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 from .progress import TrainingProgress
+from .training_checkpoints import KeptCallback
 
 
-class TimeLimitCallback(TrainingProgress):
+class TimeLimitCallback(KeptCallback, TrainingProgress):
     """Stops training after `minutes` and shows one progress bar whose unit is time, with loss and time left.
 
     The step that would pass the limit is not begun: its length is foreseen from the mean of the steps so far. At least
@@ -40,11 +41,28 @@ class TimeLimitCallback(TrainingProgress):
         self.seconds = 60.0 * minutes
         self.warmup = warmup
         self.floor = floor
+        # of the runs that this one resumes, and of all behind the last step, by the clock of the first process
+        self._before = self._spent = 0.0
 
     @property
     def fraction(self) -> float:
-        """Share of the time that is over, 0 to 1."""
-        return min(1.0, self.elapsed / self.seconds)
+        """Share of the time that was over at the end of the last step, 0 to 1: the same for all processes."""
+        return min(1.0, self._spent / self.seconds)
+
+    def on_train_begin(self, args, state, control, **kwargs: Any) -> None:
+        self._before = self._spent = 0.0
+        super().on_train_begin(args, state, control, **kwargs)
+
+    def keep(self) -> dict[str, Any]:
+        return {"seconds": self._spent}
+
+    def restore(self, kept: dict[str, Any] | None, step: int) -> None:
+        if kept is None:
+            raise ValueError(
+                f"The checkpoint of step {step} does not say how long its training took, as it was made without a "
+                "time limit: resume without one, or start anew."
+            )
+        self._before = self._spent = kept["seconds"]
 
     def factor(self, _step: int = 0) -> float:
         """What the learning rate is multiplied by now: linear warm-up, then a cosine down to `floor`."""
@@ -59,16 +77,16 @@ class TimeLimitCallback(TrainingProgress):
         return LambdaLR(optimizer, self.factor)
 
     def done(self) -> tuple[float, float | None]:
-        return self.fraction, self.seconds - self.elapsed
+        return self.fraction, self.seconds - self._spent
 
     def on_step_end(self, args, state, control, **kwargs: Any) -> None:
-        super().on_step_end(args, state, control, **kwargs)
         elapsed = self.elapsed
-        over = elapsed + elapsed / self.steps > self.seconds
         if torch.distributed.is_available() and torch.distributed.is_initialized():
-            # clocks differ between processes, and all must stop at the same step
-            decision = torch.tensor([over], dtype=torch.uint8, device=args.device)
-            torch.distributed.broadcast(decision, src=0)
-            over = bool(decision.item())
-        if over:
+            # clocks differ between processes, and all must do the same at the same step
+            shared = torch.tensor([elapsed], device=args.device)
+            torch.distributed.broadcast(shared, src=0)
+            elapsed = float(shared)
+        self._spent = self._before + elapsed
+        super().on_step_end(args, state, control, **kwargs)
+        if self._spent + elapsed / self.steps > self.seconds:
             control.should_training_stop = True

@@ -20,11 +20,11 @@ from .router_start import start_routers
 from .routing_health import RoutingHealthCallback
 from .sharding import FullPrecisionRouters
 from .text_stream import StreamCallback, TextStream
+from .training_checkpoints import checkpoint_to_resume
 from .training_plan import TrainingPlan, model_config, packing_of, plan_training, world_size
 from .training_recipe import TrainingRecipe
 
 
-CHECKPOINT = "checkpoint-"
 _CONVERTED = "converted"
 # of the text, on which routers are started
 _ROUTER_TOKENS = 8192
@@ -63,14 +63,8 @@ def run_training(recipe: TrainingRecipe, *, resume: bool = False, show: bool = T
             that are not to be resumed.
     """
     output = Path(recipe.training.output)
-    newest = last_checkpoint(output)
-    resume = resume and newest is not None
-    if newest is not None and not resume:
-        raise ValueError(
-            f"The output folder {output.name} holds the checkpoint {newest.name} of another run: resume it "
-            "(`--resume`), remove it, or name another folder (`--set training.output=...`)."
-        )
-    trainer, stream = make_trainer(recipe, resume=resume, show=show)
+    newest = checkpoint_to_resume(output, resume)
+    trainer, stream = make_trainer(recipe, resume=newest is not None, show=show)
     trainer.train(resume_from_checkpoint=None if newest is None else str(newest))
     metrics = trainer.evaluate() if trainer.eval_dataset is not None else {}
     trainer.save_model()
@@ -168,16 +162,6 @@ def training_arguments(recipe: TrainingRecipe) -> TrainingArguments:
         **checkpointing,
         **given,
     )
-
-
-def last_checkpoint(folder: Path) -> Path | None:
-    """The newest checkpoint in a folder that was written to its end."""
-    found = [
-        path
-        for path in folder.glob(f"{CHECKPOINT}*")
-        if path.name.removeprefix(CHECKPOINT).isdigit() and (path / "trainer_state.json").is_file()
-    ]
-    return max(found, key=lambda path: int(path.name.removeprefix(CHECKPOINT)), default=None)
 
 
 def _schedule(recipe: TrainingRecipe) -> tuple[str, dict[str, Any]]:
