@@ -3,11 +3,8 @@
 from ..configuration.configuration_jrt import JRTConfig
 from ..modeling import prefix_linear_attention, window_blocks
 from ..modeling.feature_maps import TaylorMap, find_feature_map
+from ..modeling.prefix_linear_attention import CHUNK_SIZE
 from .cost import FlopCount, ParameterCount
-
-
-# tokens that attend to each other directly, the default of `prefix_linear_attention`
-CHUNK_TOKENS = 64
 
 
 def jrt_parameters(config: JRTConfig) -> ParameterCount:
@@ -103,7 +100,7 @@ def _head_flops(config: JRTConfig, tokens: int, prefix: int) -> int:
         return flops + 2 * features * values
     block = prefix_linear_attention.BLOCK_TOKENS
     for start in range(0, tokens, block):
-        size = min(CHUNK_TOKENS, tokens - start)
+        size = min(CHUNK_SIZE, tokens - start)
         chunks = -(-min(block, tokens - start) // size)
         per_chunk = size * size * (inner + values) + 2 * size * features * values
         flops += 2 * chunks * per_chunk

@@ -14,7 +14,7 @@ from ..modeling import prefix_linear_attention
 from ..modeling.feature_maps import find_feature_map
 from .cost import RowRouting, count_parameters, forward_flops, full_routing, slot_loads, training_routing
 from .family_shapes import expert_shape, family_shape, layer_shape
-from .jrt_cost import CHUNK_TOKENS, recomputed_flops
+from .jrt_cost import recomputed_flops
 
 
 # precision -> bytes of a weight, of a stored activation, and of a copy of each weight for the products
@@ -181,5 +181,10 @@ def _head_values(config: Any) -> float:
     """Values per token that prefix linear attention keeps of a block: features, kernels of a chunk, sums, states."""
     features = find_feature_map(config.feature_map).size(config.feature_dim)
     values = config.head_dim + 1
-    one = 2 * features + 3 * CHUNK_TOKENS + 6 * values + 2 * features * values / CHUNK_TOKENS
+    one = (
+        2 * features
+        + 3 * prefix_linear_attention.CHUNK_SIZE
+        + 6 * values
+        + 2 * features * values / prefix_linear_attention.CHUNK_SIZE
+    )
     return config.num_attention_heads * one

@@ -77,7 +77,7 @@ def progressive(model: PreTrainedModel, teacher: PreTrainedModel, rows: TokenBlo
     trainer = DistillationTrainer(
         copy.deepcopy(teacher).requires_grad_(True), args, train_dataset=rows, teacher=teacher
     )
-    ProgressiveSharing(trainer, model.config.physical_layers, end=0.7).attach()
+    ProgressiveSharing(model.config.physical_layers, end=0.7).attach(trainer)
     load_shared(model, trained(trainer))
     return model
 

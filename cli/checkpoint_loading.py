@@ -9,8 +9,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from ..configuration.backbone_config import BACKBONES, MOE_BACKBONES
 from ..configuration.routed_config import RoutedConfig
+from ..conversion.complete_loading import load_complete
 from ..conversion.recipe_fields import ARCHITECTURES
-from ..conversion.source_checkpoint import DERIVED, open_source
+from ..conversion.source_checkpoint import open_source, vanilla_weights
 
 
 COMPUTE_HELP = "operating point of a calibrated model: share of the FLOPs of all tokens in all layers"
@@ -49,12 +50,7 @@ def load_checkpoint(
             "tokenizer files of its base model into the folder."
         ) from error
     transformers.logging.disable_progress_bar()
-    # sizes that differ are reported by name like the rest, instead of in a table of transformers
-    loaded: Any = AutoModelForCausalLM.from_pretrained(
-        checkpoint.folder, dtype=kind, output_loading_info=True, ignore_mismatched_sizes=True, **operating_point
-    )
-    model, info = loaded
-    _require_all_weights(checkpoint.name, info)
+    model = load_complete(checkpoint.folder, checkpoint.name, dtype=kind, **operating_point)
     return model.to("cpu" if on_cpu else "cuda").eval(), tokenizer
 
 
@@ -65,11 +61,16 @@ def load_teacher(source: str | Path, *, revision: str | None = None) -> Any:
         ValueError: if it cannot be found or read, or is of another family.
     """
     checkpoint = open_source(Path(source) if Path(source).exists() else source, revision=revision, allowed=_VANILLA)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    transformers.logging.disable_progress_bar()
     if checkpoint.gguf is None:
-        return load_checkpoint(str(source), revision=revision)[0]
-    path = checkpoint.gguf
-    model: Any = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32)
-    return model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
+        kind = torch.float32 if device == "cpu" else "auto"
+        return load_complete(checkpoint.folder, checkpoint.name, dtype=kind).to(device).eval()
+    weights = vanilla_weights(checkpoint)
+    model: Any = AutoModelForCausalLM.from_config(checkpoint.config, dtype=torch.float32)
+    # strict but for a tied head, which is no tensor of its own
+    model.load_state_dict({name: weights.read(name) for name in weights.infos}, strict=False)
+    return model.to(device).eval()
 
 
 def _require_operating_point(name: str, config: Any, compute: float) -> None:
@@ -79,24 +80,6 @@ def _require_operating_point(name: str, config: Any, compute: float) -> None:
             "leave it out."
         )
     config.thresholds_at(compute)
-
-
-def _require_all_weights(name: str, info: dict[str, Any]) -> None:
-    """Refuses a model of which transformers has made up a part, or has left out a part of the file."""
-    problems = (
-        ("missing_keys", "lacks", "its configuration needs"),
-        ("mismatched_keys", "has in another size", "its configuration asks for"),
-        ("unexpected_keys", "holds", "its configuration does not know"),
-    )
-    for kind, verb, reason in problems:
-        keys = sorted(key if isinstance(key, str) else key[0] for key in info[kind])
-        keys = [key for key in keys if not DERIVED.search(key)]
-        if keys:
-            more = f" and {len(keys) - 1} more" if len(keys) > 1 else ""
-            raise ValueError(
-                f"The checkpoint {name} {verb} the weight {keys[0]}{more}, which {reason}; give weights and "
-                "config.json of the same model."
-            )
 
 
 _VANILLA = (*BACKBONES, *MOE_BACKBONES)

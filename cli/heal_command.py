@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import torch
 from accelerate import PartialState
 
 from ..conversion.checkpoint_writer import check_output
@@ -14,6 +15,7 @@ from ..conversion.source_checkpoint import open_source
 from ..training.healing_checkpoint import write_healed
 from ..training.healing_run import STARTS, Healed, HealingSettings, heal
 from ..training.hidden_matching import MATCHED_STATES
+from ..training.training_checkpoints import how_to_resume
 from .checkpoint_loading import load_checkpoint, load_teacher
 
 
@@ -28,7 +30,8 @@ _NUMBERS: dict[str, tuple[type, str]] = {
     "temperature": (float, "of the distributions"),
     "routing_begin": (float, "share of the training after which routers start"),
     "routing_end": (float, "share of the training after which capacities have fallen"),
-    "vocabulary_rows": (float, "share of the rows that are drawn from the vocabulary"),
+    "sampled_tokens": (int, "tokens that the source writes itself before the training"),
+    "sampled_rows": (float, "share of the rows of the training that are taken from them"),
     "save_steps": (int, "steps between checkpoints, 0 for none"),
     "seed": (int, "of the order of the text"),
 }
@@ -70,29 +73,36 @@ def run(args: argparse.Namespace) -> None:
     Raises:
         ValueError: for settings, texts and checkpoints that do not fit, or an output that is not free.
     """
+    # also starts the group of processes, where there are several
+    is_main = PartialState(cpu=not torch.accelerator.is_available()).is_main_process
     fields = {field.name for field in dataclasses.fields(HealingSettings)}
     given = {name: value for name, value in vars(args).items() if name in fields and value is not None}
     settings = HealingSettings(**given)
     local = Path(args.checkpoint) if Path(args.checkpoint).exists() else None
     output = Path(args.output)
     check_output(output, local, overwrite=args.overwrite)
-    model, tokenizer = load_checkpoint(args.checkpoint)
+    model, tokenizer = load_checkpoint(args.checkpoint, dtype="float32")
     teacher = load_teacher(args.source)
-    healed = heal(
-        model,
-        teacher,
-        args.text,
-        tokenizer,
-        settings,
-        args.work or f"{output}-training",
-        text_options={"config": args.text_config, "split": args.text_split, "column": args.text_column},
-        resume=args.resume,
-        show=not args.quiet and sys.stderr.isatty(),
-    )
-    if not PartialState().is_main_process:
+    work = Path(args.work or f"{output}-training")
+    try:
+        healed = heal(
+            model,
+            teacher,
+            args.text,
+            tokenizer,
+            settings,
+            work,
+            text_options={"config": args.text_config, "split": args.text_split, "column": args.text_column},
+            resume=args.resume,
+            show=not args.quiet and sys.stderr.isatty(),
+        )
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(how_to_resume(work)) from None
+    if not is_main:
         return
     checkpoint = open_source(local or args.checkpoint, allowed=(model.config.model_type,))
-    write_healed(model, checkpoint, output, settings, healed, overwrite=args.overwrite)
+    text = Path(args.text).name if Path(args.text).exists() else args.text
+    write_healed(model, checkpoint, output, settings, healed, text, overwrite=args.overwrite)
     print(json.dumps(_figures(healed), indent=2) if args.json else _text(healed))
 
 
@@ -101,6 +111,7 @@ def _figures(healed: Healed) -> dict[str, Any]:
         "steps": healed.steps,
         "tokens": healed.tokens,
         "not_fitted": healed.not_fitted,
+        "not_started": healed.not_started,
         "fitted": [dataclasses.asdict(layer) for layer in healed.fitted],
         "calibration": None if healed.calibration is None else dataclasses.asdict(healed.calibration),
         "log": [entry for entry in healed.log if "kl" in entry],
@@ -115,6 +126,8 @@ def _text(healed: Healed) -> str:
         lines.append(f"fitted      {len(healed.fitted)} layers; relative error behind the last one {errors}")
     if healed.not_fitted is not None:
         lines.append(f"not fitted  {healed.not_fitted}")
+    if healed.not_started is not None:
+        lines.append(f"routers     learned from where conversion left them: {healed.not_started}")
     logs = [entry for entry in healed.log if "kl" in entry]
     lines.append(f"trained     {healed.tokens} tokens in {healed.steps} steps")
     if logs:

@@ -64,8 +64,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     before = signal.signal(signal.SIGTERM, _terminate) if _in_main_thread() else None
     try:
         return import_module(f".{COMMANDS[args.command][0]}", __package__).run(args) or 0
-    except KeyboardInterrupt:
-        print("varidepth: interrupted, nothing was kept.", file=sys.stderr)
+    except KeyboardInterrupt as interrupt:
+        # a command that keeps something says so
+        print(
+            f"varidepth: interrupted, {interrupt.args[0] if interrupt.args else 'nothing was kept'}.", file=sys.stderr
+        )
         return 130
     except Exception as error:
         if args.debug:

@@ -1,11 +1,13 @@
 """`varidepth train RECIPE.yaml`"""
 
 import argparse
+import json
 import os
-import sys
+from pathlib import Path
 
 import transformers
 
+from ..training.training_checkpoints import how_to_resume
 from ..training.training_plan import plan_training
 from ..training.training_recipe import TrainingRecipe, shipped_training_recipes
 from ..training.training_run import run_training
@@ -32,7 +34,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Prints the plan, trains, and says what came of it; returns the exit status."""
-    changes = [*args.changes, *([f"training.output={args.output}"] if args.output else [])]
+    # in quotes, since a change is read as YAML
+    changes = [*args.changes, *([f"training.output={json.dumps(args.output)}"] if args.output else [])]
     recipe = TrainingRecipe.load(args.recipe, changes)
     speaks = os.environ.get("RANK", "0") == "0"
     if speaks and (args.dry_run or not args.quiet):
@@ -44,8 +47,7 @@ def run(args: argparse.Namespace) -> int:
     try:
         result = run_training(recipe, resume=args.resume, show=not args.quiet)
     except KeyboardInterrupt:
-        print("varidepth: interrupted; go on behind the newest checkpoint with --resume.", file=sys.stderr)
-        return 130
+        raise KeyboardInterrupt(how_to_resume(Path(recipe.training.output))) from None
     if speaks:
         losses = [
             f"{name} {value:.4f}"

@@ -107,7 +107,7 @@ class MoRConfig(RoutedConfig):
             recursions read those of the first one.
         recursion_rank (`int`, *optional*, defaults to 0):
             Rank of the difference that each recursion adds to every matrix of the shared layers (relaxed recursion,
-            arXiv 2410.20672); 0 for none.
+            arXiv 2410.20672), those of keys and values left out where `kv_mode` is "shared"; 0 for none.
         recursion_norms (`bool`, *optional*, defaults to `False`):
             Gives each recursion its own norms in the shared layers.
 

@@ -14,6 +14,7 @@ from ..configuration.configuration_mor import MoRConfig
 from ..modeling.recursion_parameters import KEYS_AND_VALUES
 from .body_tensors import LAYER_NAME, copy_of
 from .checkpoint_writer import TargetTensor
+from .errors import ConversionError
 from .layer_maps import LayerMap
 from .tensor_source import TensorSource
 
@@ -90,12 +91,29 @@ class _Factors:
         if not self._made:
             downs, ups = [], []
             for difference in _differences(self._weights, self._shared, self._sources):
-                left, values, right = torch.linalg.svd(difference, full_matrices=False)
-                roots = values[: self._rank].sqrt()
-                ups.append(left[:, : self._rank] * roots)
-                downs.append(roots[:, None] * right[: self._rank])
+                left, values, right = _truncated_svd(difference, self._rank)
+                roots = values.sqrt()
+                ups.append(left * roots)
+                downs.append(roots[:, None] * right)
             self._made = {"down": torch.stack(downs), "up": torch.stack(ups)}
         return self._made.pop(factor)
+
+
+def _truncated_svd(matrix: torch.Tensor, rank: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The largest `rank` singular values in descending order, with left and right vectors.
+
+    By the eigenvectors of the smaller product of the matrix with itself, in fp64: several times faster than a
+    decomposition of the whole, and exact for the values that a low rank keeps.
+    """
+    wide = matrix.double()
+    tall = len(wide) >= wide.shape[1]
+    square = wide.T @ wide if tall else wide @ wide.T
+    vectors = torch.linalg.eigh(square).eigenvectors[:, -rank:].flip(1)
+    others = wide @ vectors if tall else wide.T @ vectors
+    values = others.norm(dim=0)
+    others = others / values.clamp(min=torch.finfo(torch.float64).tiny)
+    left, right = (others, vectors.T) if tall else (vectors, others.T)
+    return left.to(matrix.dtype), values.to(matrix.dtype), right.to(matrix.dtype)
 
 
 def _bias_differences(name: str, weights: TensorSource, shared: TargetTensor, sources: list[str]) -> TargetTensor:
@@ -110,7 +128,10 @@ def _differences(weights: TensorSource, shared: TargetTensor, sources: list[str]
     wide = _wide(shared.dtype)
     base = shared.make().to(shared.dtype).to(wide)
     for source in sources:
-        yield weights.read(source).to(wide) - base
+        difference = weights.read(source).to(wide) - base
+        if not bool(torch.isfinite(difference).all()):
+            raise ConversionError(f"The tensor {source} holds values that are not finite; repair the source.")
+        yield difference
 
 
 class MergedRecursions(TensorSource):

@@ -321,11 +321,16 @@ def check_tokenizer(source: SourceCheckpoint) -> None:
 
 def _license_of(folder: Path) -> dict[str, str]:
     """What a model card says about the license; empty without a readable one."""
+    return card_data(folder, "license", "license_name", "license_link")
+
+
+def card_data(folder: Path, *names: str) -> dict[str, str]:
+    """Those of these fields that the metadata of a folder's model card has, as a single string."""
     try:
         found = ModelCard.load(folder / "README.md").data.to_dict()
     except Exception:  # a card is free text: a broken one is no reason to stop
         return {}
-    return {key: found[key] for key in ("license", "license_name", "license_link") if isinstance(found.get(key), str)}
+    return {name: found[name] for name in names if isinstance(found.get(name), str)}
 
 
 def generation_settings(source: SourceCheckpoint) -> dict[str, Any] | None:

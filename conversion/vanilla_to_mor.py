@@ -66,7 +66,7 @@ def mor_blueprint(source: SourceCheckpoint, recipe: Recipe, *, quiet: bool = Tru
         recipe=recipe.to_dict(),
         layers=_planned_layers(config, layer_map),
         dropped=layer_map.dropped,
-        unused=tuple(sorted(set(range(depth)) - set(layer_map.dropped) - {i for g in layer_map.sources for i in g})),
+        unused=_unused(config, layer_map, depth),
         new={target.name: target.shape for target in fresh},
         before=full_depth_cost(source.config, dtype.itemsize),
         full=full_depth_cost(config, dtype.itemsize),
@@ -95,6 +95,13 @@ def _with_router_defaults(recipe: Recipe) -> dict[str, Any]:
         fields["router_bias"] = True
         fields.setdefault("gating", "interpolate")
     return fields
+
+
+def _unused(config: MoRConfig, layer_map: LayerMap, depth: int) -> tuple[int, ...]:
+    if config.varies_by_recursion:
+        # what a recursion has of its own is made of them
+        return ()
+    return tuple(sorted(set(range(depth)) - set(layer_map.dropped) - {i for g in layer_map.sources for i in g}))
 
 
 def _planned_layers(config: MoRConfig, layer_map: LayerMap) -> tuple[PlannedLayer, ...]:
@@ -139,9 +146,15 @@ def _notes(source: SourceCheckpoint, config: MoRConfig, recipe: Recipe, layer_ma
         else:
             notes.append("every token starts at full depth; training lowers it.")
     if config.recursion_rank:
+        matrices = "every matrix of a shared layer differs"
+        if config.kv_mode == "shared":
+            matrices = (
+                "the matrices of a shared layer, but for keys and values, which are those of the first source layer "
+                "that it replaces, differ"
+            )
         notes.append(
-            f"at each recursion every matrix of a shared layer differs by rank {config.recursion_rank}, at first the "
-            "best approximation to the source layer that it replaces."
+            f"at each recursion {matrices} by rank {config.recursion_rank}, at first the best approximation to the "
+            "source layer that it replaces."
         )
     if config.recursion_norms:
         notes.append("at each recursion the norms are those of the source layer that is replaced.")

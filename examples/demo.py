@@ -94,7 +94,11 @@ def main() -> None:
     losses = {"source": loss_of(teacher), "converted": loss_of(model)}
     print(f"held-out loss before: {losses['converted']:.3f} nats per token (the source: {losses['source']:.3f})")
     settings = HealingSettings(
-        minutes=args.minutes, batch_size=args.batch_size, learning_rate=args.learning_rate, fit_tokens=FIT_TOKENS
+        minutes=args.minutes,
+        batch_size=args.batch_size,
+        learning_rate=args.learning_rate,
+        fit_tokens=FIT_TOKENS,
+        sampled_tokens=FIT_TOKENS,
     )
     healed = heal(model, teacher, train, tokenizer, settings, output / "trainer")
     losses["healed"] = loss_of(model)

@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from ..conversion.recipe import Recipe
     from ..conversion.source_checkpoint import SourceCheckpoint
 
+UNMEASURED = "**Nothing about the quality of this checkpoint has been measured.**"
+
 
 def write_card(
     folder: Path,
@@ -41,6 +43,7 @@ def write_card(
     kind = _KINDS[config.model_type](config, recipe, plan)
     text = _fill(
         "converted_card.md",
+        unmeasured=UNMEASURED,
         title=folder_title(source.name, kind.suffix),
         architecture=kind.name,
         source_link=_link(base_model, source.name),
@@ -193,6 +196,7 @@ def write_unrolled_card(folder: Path, source: "SourceCheckpoint", config: PreTra
     repeated = getattr(source.config, "num_recursions", 1) > 1
     text = _fill(
         "unrolled_card.md",
+        unmeasured=UNMEASURED,
         title=folder_title(source.name, "unrolled"),
         source_link=_link(source.base_model, source.name),
         backbone=config.model_type,

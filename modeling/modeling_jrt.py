@@ -35,7 +35,7 @@ from .prefix_generation import PrefixGeneration
 from .prefix_loss import prefix_lm_loss, read_prompt_first
 from .prefix_mixers import GatedShortConvolution, PrefixLinearAttention
 from .prefix_tokens import Prefix, find_prefix
-from .process_ranks import number_of_ranks
+from .process_ranks import ranks_keep_step
 from .remote_code import RemoteCodeMixin, register_class_names
 from .short_prompts import pad_short_prompts
 from .window_blocks import Window, attend, make_window
@@ -251,8 +251,8 @@ class JRTModel(JRTPreTrainedModel):
         prefix = find_prefix(inputs_embeds, padding, prefix_length, encoder_mask, default=self.config.prefix_length)
         if prefix is not None and not self.config.prefix_length:
             raise ValueError("a prefix was given, but `config.prefix_length` is 0: the model is causal.")
-        if prefix is None and self.training and number_of_ranks() > 1 and self.config.prefix_length:
-            # other ranks may have one, and wait for the gradients of its projections
+        if prefix is None and ranks_keep_step(self.layers, self.training) and self.config.prefix_length:
+            # other ranks may have one, and wait for its projections or their gradients
             mask = torch.zeros(inputs_embeds.shape[:2], dtype=torch.bool, device=inputs_embeds.device)
             prefix = None if self.config.pads_officially else Prefix(mask, columns=1, lengths=mask.sum(dim=1))
         return prefix

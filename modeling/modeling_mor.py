@@ -203,6 +203,7 @@ class MoRModel(RoutedModel, MoRPreTrainedModel):
         shares_kv = config.kv_mode == "shared"
         if config.varies_by_recursion:
             vary_by_recursion(
+                self.layers,
                 recursive_layers,
                 config.num_recursions,
                 rank=config.recursion_rank,

@@ -185,7 +185,11 @@ _PARTS_OF: dict[type, tuple[tuple[type, ...], type]] = {}
 def _mixed_class(mixins: tuple[type, ...], module_class: type) -> type:
     key = mixins, module_class
     if key not in _MIXED_CLASSES:
-        mixed = type(module_class.__name__, (*mixins, module_class), {"__reduce_ex__": _reduce})
+        namespace: dict[str, Any] = {"__reduce_ex__": _reduce}
+        if hasattr(module_class, "kernel_layer_name") and any("forward" in vars(mixin) for mixin in mixins):
+            # a kernel in the place of the whole forward pass would leave out what is mixed in
+            namespace["kernel_layer_name"] = None
+        mixed = type(module_class.__name__, (*mixins, module_class), namespace)
         _MIXED_CLASSES[key], _PARTS_OF[mixed] = mixed, key
     return _MIXED_CLASSES[key]
 

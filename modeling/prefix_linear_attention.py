@@ -27,6 +27,8 @@ from .feature_maps import FeatureMap, find_feature_map, in_graph
 IMPLEMENTATIONS = ("chunked", "reference", "recurrent")
 # tokens whose features are held in memory at a time
 BLOCK_TOKENS = 1024
+# tokens that attend to each other directly in the chunked form
+CHUNK_SIZE = 64
 _EPSILON = 1e-12
 
 
@@ -42,7 +44,7 @@ def prefix_linear_attention(
     state: torch.Tensor | None = None,
     feature_map: str | FeatureMap = "taylor",
     implementation: str = "chunked",
-    chunk_size: int = 64,
+    chunk_size: int = CHUNK_SIZE,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """
     Args:

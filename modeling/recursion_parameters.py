@@ -7,6 +7,7 @@ of a linear layer, or merges into it, is about the shared matrix alone.
 """
 
 import copy
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -27,12 +28,19 @@ KEYS_AND_VALUES = ("k_proj", "v_proj", "k_norm")
 
 
 def vary_by_recursion(
-    layers: list[nn.Module], recursions: int, *, rank: int, norms: bool, reads_shared_kv: bool
+    layers: Iterable[nn.Module],
+    shared: Iterable[nn.Module],
+    recursions: int,
+    *,
+    rank: int,
+    norms: bool,
+    reads_shared_kv: bool,
 ) -> None:
     """Gives shared decoder layers parameters for each recursion; they then take it as `recursion` in every call.
 
     Args:
-        layers: decoder layers whose parameters belong to linear layers and norms.
+        layers: all decoder layers.
+        shared: those that are repeated; their parameters belong to linear layers and norms.
         recursions (`int`): how often each layer is applied.
         rank (`int`): of the differences of the linear layers; 0 for none.
         norms (`bool`): whether each norm of a layer exists once for every recursion.
@@ -40,7 +48,7 @@ def vary_by_recursion(
             deeper recursions read the keys and values of the first one, so that what makes them varies in nothing.
     """
     fixed = KEYS_AND_VALUES if reads_shared_kv else ()
-    for layer in layers:
+    for layer in shared:
         for part in list(layer.modules()):
             varying = {name: child for name, child in part.named_children() if name not in fixed}
             linear = {name: child for name, child in varying.items() if isinstance(child, nn.Linear)}
@@ -51,6 +59,8 @@ def vary_by_recursion(
                 if norms and name not in linear and list(child.parameters(recurse=False)):
                     child.deeper = nn.ModuleList([copy.deepcopy(child) for _ in range(recursions - 1)])
                     mix_in(child, _DeeperNorm)
+    # the others too: engines wrap what is of the class of the first layer
+    for layer in layers:
         mix_in(layer, _RecursiveLayer)
 
 
@@ -125,13 +135,18 @@ for _name in _LINEAR_LAYERS:
 
 class _DeeperNorm(_Varying):
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        if self.recursion is None:
+            raise RuntimeError(
+                "A norm with a weight for each recursion was called outside of its layer, which alone knows the "
+                "recursion: checkpoint and compile whole decoder layers, not parts of them."
+            )
         if not self.recursion:
             return super().forward(hidden_states)
         return self.deeper[self.recursion - 1](hidden_states)
 
 
 class _RecursiveLayer:
-    def forward(self, hidden_states: torch.Tensor, *args: Any, recursion: int, **kwargs: Any) -> torch.Tensor:
+    def forward(self, hidden_states: torch.Tensor, *args: Any, recursion: int = 0, **kwargs: Any) -> torch.Tensor:
         # looked for in every call: PEFT may have wrapped or copied a part
         parts = [part for part in self.modules() if isinstance(part, _Varying)]
         for part in parts:

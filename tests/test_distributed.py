@@ -6,13 +6,9 @@ what is compared has gone through a few steps of a few layers.
 """
 
 import json
-import os
-import signal
-import socket
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import distributed_worker as worker
@@ -22,13 +18,13 @@ import yaml
 from real_text import save_source
 from tiny_families import tiny_mod, tiny_mor
 from transformers import AutoModelForCausalLM
+from two_processes import EXAMPLES, run_two
 
 from varidepth import JRTConfig, JRTForCausalLM, MoRConfig
 from varidepth.conversion.convert import convert
 from varidepth.modeling.parallel_checks import check_tensor_parallel
 
 
-EXAMPLES = Path(__file__).parents[1] / "examples" / "distributed"
 OF_LOSSES, OF_MOVEMENT, OF_GRADIENTS = 1e-6, 1e-4, 2e-5
 pytestmark = pytest.mark.skipif(
     not (torch.distributed.is_available() and torch.distributed.is_gloo_available()),
@@ -39,32 +35,8 @@ pytestmark = pytest.mark.skipif(
 def start(suite: str, folder: Path, only: str = "") -> None:
     """Runs a suite in two processes; raises with their output if they do not end by themselves."""
     program = [str(Path(worker.__file__)), suite, str(folder), *([only] if only else [])]
-    if suite == "native":
-        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", *program]
-    else:
-        config = {"ddp": "ddp.yaml", "fsdp": "fsdp2.yaml"}[suite]
-        launch = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(EXAMPLES / config)]
-        small = ["--num_processes", "2", "--mixed_precision", "no", "--main_process_port", str(free_port())]
-        command = [*launch, *small, *program]
-    kept = {name: value for name, value in os.environ.items() if not name.startswith(("ACCELERATE_", "FSDP_"))}
-    environment = kept | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    log = folder / "log.txt"
-    with log.open("w") as output:
-        process = subprocess.Popen(
-            command, env=environment, stdout=output, stderr=subprocess.STDOUT, start_new_session=True
-        )
-        try:
-            code = process.wait(timeout=900)
-        finally:
-            if process.poll() is None:
-                os.killpg(process.pid, signal.SIGKILL)
-    assert code == 0, log.read_text()[-6000:]
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("localhost", 0))
-        return probe.getsockname()[1]
+    configs = {"ddp": "ddp.yaml", "fsdp": "fsdp2.yaml", "native": None}
+    run_two(folder / "log.txt", *program, config=configs[suite])
 
 
 def results(suite: str, folder: Path) -> Iterator[tuple[str, list[Any]]]:
@@ -202,13 +174,30 @@ def test_divided_by_transformers(tmp_path):
         (MoRConfig(hidden_size=72, num_attention_heads=9, num_key_value_heads=3), "`num_attention_heads` is 9"),
         (MoRConfig(num_attention_heads=8, num_key_value_heads=1), "`num_key_value_heads` is 1"),
         (MoRConfig(num_recursions=2, recursion_rank=4), "`recursion_rank` is 4"),
+        (MoRConfig(backbone="qwen3", num_recursions=2, recursion_norms=True), "each learn from a part of the heads"),
         (JRTConfig(hidden_size=96, num_attention_heads=3), "`num_attention_heads` is 3"),
     ],
 )
 def test_tensor_parallelism_refuses(config, message):
+    """By the call that all supported versions of transformers make before they divide a model."""
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    asked = SimpleNamespace(tp_size=2, tp_plan=None)
+    with pytest.raises(ValueError, match=message):
+        type(model).maybe_distribute_model(model, asked, None)
     check_tensor_parallel(config, 1)
     with pytest.raises(ValueError, match=message):
         check_tensor_parallel(config, 2)
+
+
+def test_a_plan_of_the_users_own_is_checked_as_it_is():
+    config = MoRConfig(hidden_size=72, num_attention_heads=9, num_key_value_heads=3)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    whole = {f"model.layers.*.self_attn.{name}_proj": "colwise_gather_output" for name in "qkv"}
+    asked = SimpleNamespace(tp_size=2, tp_plan=whole)
+    # without a mesh nothing is divided
+    assert type(model).maybe_distribute_model(model, asked, None) is model
 
 
 def test_convolutions_are_whole_in_every_process():

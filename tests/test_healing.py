@@ -162,8 +162,8 @@ def test_routing_comes_after_depth(kind, source_folder, source, tmp_path):
         model=model, teacher=source, args=training_arguments(tmp_path, max_steps=10), train_dataset=text_blocks()
     )
     sample = text_blocks().blocks[:8].split(4)
-    annealing = CapacityAnnealing(trainer, sample, begin=0.5, end=0.8)
-    annealing.attach()
+    annealing = CapacityAnnealing(sample, begin=0.5, end=0.8)
+    annealing.attach(trainer)
     seen = []
     model.register_forward_pre_hook(lambda m, args, kwargs: seen.append(sum(m.config.capacities)), with_kwargs=True)
     routers = model.model.routers.weight.detach().clone()
@@ -177,16 +177,82 @@ def test_routing_comes_after_depth(kind, source_folder, source, tmp_path):
     assert depth < 1
 
 
+def test_started_routers_move_by_a_share_of_their_new_size(converted, source, tmp_path):
+    model = AutoModelForCausalLM.from_pretrained(converted)
+    args = training_arguments(tmp_path, max_steps=8, learning_rate=1e-3, lr_scheduler_type="constant")
+    trainer = HealingTrainer(model=model, teacher=source, args=args, train_dataset=text_blocks())
+    CapacityAnnealing(text_blocks().blocks[:8].split(4), begin=0.5, end=0.5).attach(trainer)
+    found = []
+    weights = model.model.routers.weight, model.model.layers[0].mlp.up_proj.weight
+
+    def measure():
+        now = [w.detach().clone() for w in weights]
+        rates = [g["lr"] for w in weights for g in trainer.optimizer.param_groups if any(p is w for p in g["params"])]
+        found.append((now, rates))
+
+    trainer.add_callback(AfterStep(measure))
+    trainer.train()
+    for number in range(2):
+        size = float(found[4][0][number].square().mean().sqrt())
+        # the first step with new weights moves each of them by about its rate
+        assert found[4][1][number] == pytest.approx(1e-3 * size, rel=0.3)
+        moved = (found[5][0][number] - found[4][0][number]).abs().max()
+        assert 0 < moved < 3e-3 * size
+    assert found[3][1][1] == found[4][1][1] and found[3][1][0] != found[4][1][0]
+
+
+@pytest.mark.parametrize(
+    ("fields", "said"),
+    [
+        ({"gating": "weighted"}, "router_bias False"),
+        ({"inference_rule": "predictor", "router_bias": True}, "only 'threshold'"),
+    ],
+)
+def test_routers_that_cannot_be_started_learn_from_where_they_are(fields, said, source, tmp_path):
+    torch.manual_seed(0)
+    model = MoRForCausalLM(config(**fields))
+    wanted = list(model.config.capacities)
+    args = training_arguments(tmp_path, max_steps=4)
+    trainer = HealingTrainer(model=model, teacher=source, args=args, train_dataset=text_blocks())
+    annealing = CapacityAnnealing(text_blocks().blocks[:4].split(4))
+    annealing.attach(trainer)
+    assert said in annealing.not_started
+    trainer.train()
+    assert model.config.capacities == wanted and annealing.started
+
+
+def test_what_anneals_itself_or_has_no_capacity_is_refused(source, tmp_path):
+    for fields, said in (({"routing": "none"}, "has capacities to anneal"), ({"capacity_warmup_steps": 3}, "itself")):
+        args = training_arguments(tmp_path, max_steps=1)
+        trainer = HealingTrainer(
+            model=MoRForCausalLM(config(**fields)), teacher=source, args=args, train_dataset=text_blocks()
+        )
+        with pytest.raises(ValueError, match=said):
+            CapacityAnnealing([]).attach(trainer)
+    with pytest.raises(ValueError, match="drive the states apart"):
+        HealingTrainer(
+            model=MoRForCausalLM(config()), teacher=source, args=training_arguments(tmp_path), hidden_weight=-1.0
+        )
+    for given in ({"weight_decay": 0.1}, {}):
+        options = {} if given else {"optimizer_cls_and_kwargs": (torch.optim.SGD, {})}
+        with pytest.raises(ValueError, match="would be ignored"):
+            HealingTrainer(
+                model=MoRForCausalLM(config()), teacher=source, args=training_arguments(tmp_path, **given), **options
+            )
+
+
 def test_layers_drawn_together_end_as_one(converted, source, tmp_path):
     shared = AutoModelForCausalLM.from_pretrained(converted)
     unrolled = copy.deepcopy(source)
     trainer = DistillationTrainer(
         model=unrolled, teacher=source, args=training_arguments(tmp_path, max_steps=10), train_dataset=text_blocks()
     )
-    sharing = ProgressiveSharing(trainer, shared.config.physical_layers, end=0.7)
-    sharing.attach()
+    ProgressiveSharing(shared.config.physical_layers, end=0.7).attach(trainer)
     layers = unrolled.model.layers
     begin = (layers[1].mlp.up_proj.weight - layers[3].mlp.up_proj.weight).detach().norm()
+    other = MoRForCausalLM(config(recursion_rank=2, routing="none"))
+    with pytest.raises(ValueError, match="The models differ in model.layers"):
+        load_shared(other, vanilla_of(other))
     with pytest.raises(ValueError, match=r"Layer 3 differs in .* from the layer that it is to be one with"):
         load_shared(shared, unrolled)
     distances = []
@@ -203,6 +269,28 @@ def test_layers_drawn_together_end_as_one(converted, source, tmp_path):
     ids = text_blocks().blocks[:2]
     with torch.no_grad():
         assert torch.equal(shared.eval()(ids).logits, unrolled.eval()(ids).logits)
+
+
+def test_sharing_that_does_not_fit_is_refused(source, tmp_path):
+    with pytest.raises(ValueError, match="0 <= begin < end <= 1"):
+        ProgressiveSharing([0, 1], begin=0.5, end=0.5)
+    trainer = DistillationTrainer(model=copy.deepcopy(source), teacher=source, args=training_arguments(tmp_path))
+    with pytest.raises(ValueError, match="2 numbers for 6 layers"):
+        ProgressiveSharing([0, 1]).attach(trainer)
+
+
+def test_layers_are_one_when_a_clock_ends_the_training(source, tmp_path):
+    unrolled = copy.deepcopy(source)
+    trainer = DistillationTrainer(
+        model=unrolled, teacher=source, args=training_arguments(tmp_path, max_steps=5), train_dataset=text_blocks(),
+        clock=lambda: 0.5,
+    )  # fmt: skip
+    ProgressiveSharing(config().physical_layers, end=1.0).attach(trainer)
+    trainer.train()
+    for first, second in zip(
+        unrolled.model.layers[1].parameters(), unrolled.model.layers[3].parameters(), strict=True
+    ):
+        assert torch.equal(first, second)
 
 
 class AfterStep(TrainerCallback):
@@ -321,6 +409,33 @@ def test_a_model_that_is_exact_already_stays_so(family):
         report = fit_shared_layers(model, source, ids.split(4), compose=False)
         assert max(max(one.error) for one in report) < 1e-9
         torch.testing.assert_close(model(ids).logits, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("family", FITTED_BACKBONES)
+def test_layers_of_every_family_are_composed(family):
+    """Of parts of the layers that they replace, biases and multipliers included."""
+    model = tiny_mor(family, routing="none", num_recursions=2, num_hidden_layers=6, prelude_layers=1, coda_layers=1)
+    source = vanilla_of(model)
+    torch.manual_seed(5)
+    with torch.no_grad():
+        for parameter in source.model.layers[1:5].parameters():
+            parameter += 0.5 * parameter.std() * torch.randn_like(parameter) if parameter.ndim > 1 else 0
+        ids = torch.randint(3, source.config.vocab_size, (48, 24))
+        before = distance_at_the_end(model, source, ids[:8])
+        report = fit_shared_layers(model, source, ids[8:].split(8))
+        assert distance_at_the_end(model, source, ids[:8]) < 0.9 * before
+    assert all(sum(one.neurons.values()) == source.config.intermediate_size for one in report)
+    named = any("q_norm" in name for name, _ in model.named_modules())
+    assert all(bool(one.heads) != named for one in report)
+    for one in report:
+        attention, heads = model.model.layers[one.layer].self_attn, one.heads
+        if attention.k_proj.bias is None or not heads:
+            continue
+        for number, slot in enumerate(heads):
+            size = attention.head_dim
+            found = attention.k_proj.bias[number * size : (number + 1) * size]
+            theirs = source.model.layers[slot].self_attn.k_proj.bias.split(size)
+            assert any(torch.equal(found, part) for part in theirs)
 
 
 def test_what_cannot_be_fitted_is_refused(source):

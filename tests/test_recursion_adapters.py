@@ -166,6 +166,22 @@ def test_gradient_checkpointing_recomputes_the_recursion_that_was(routing, use_r
         torch.testing.assert_close(gradients[1][name], gradient, msg=name)
 
 
+def test_a_norm_recomputed_without_its_layer_is_refused():
+    """Nothing but the layer knows the recursion, and the first one's weights would be a silent guess."""
+    model = tiny_mor(**RELAXED)
+    norm = model.model.layers[1].input_layernorm
+    with pytest.raises(RuntimeError, match="checkpoint and compile whole decoder layers"):
+        norm(torch.ones(1, 2, model.config.hidden_size))
+    # a kernel that would take the place of the whole forward pass finds no name to go by
+    assert norm.kernel_layer_name is None and model.model.norm.kernel_layer_name == "RMSNorm"
+
+
+def test_all_layers_are_of_the_class_by_which_engines_wrap():
+    model = tiny_mor(**RELAXED, prelude_layers=0, coda_layers=2, num_hidden_layers=6, num_recursions=2,
+        capacities=None, router_thresholds=None)  # fmt: skip
+    assert len({type(layer) for layer in model.model.layers}) == 1
+
+
 def test_copies_and_pickles_know_their_recursion():
     model = tiny_mor(**RELAXED)
     ids = torch.randint(3, VOCABULARY, (1, 6))

@@ -18,6 +18,7 @@ from transformers import DataCollatorWithPadding, Trainer, TrainerCallback, Trai
 from varidepth import JRTConfig, JRTForCausalLM, MoRConfig, MoRForCausalLM
 from varidepth.training.jrt_collator import JRTCollator
 from varidepth.training.text_blocks import load_documents
+from varidepth.training.text_source import open_source
 from varidepth.training.text_stream import StreamCallback, TextStream
 
 
@@ -72,12 +73,13 @@ def sources(tmp_path_factory):
         "parquet file": (str(tmp_path / "parquet" / "1.parquet"), {"column": "body"}),
         "folder": (str(tmp_path / "folder"), {}),
         "book": (tmp_path / "book.txt", {}),
+        "books": ([tmp_path / "book.txt", tmp_path / "rows.jsonl", tmp_path / "folder" / "1.txt"], {}),
         "hub": (tmp_path / "hub", {"config": "small"}),
         "dataset": (datasets.Dataset.from_dict({"text": DOCUMENTS}), {}),
     }
 
 
-FORMS = ["list", "jsonl", "parquet", "parquet file", "folder", "book", "hub", "dataset"]
+FORMS = ["list", "jsonl", "parquet", "parquet file", "folder", "book", "books", "hub", "dataset"]
 
 
 @pytest.mark.parametrize(
@@ -150,6 +152,31 @@ def test_files_and_shards_change_places_in_each_epoch(sources):
         count = len(ids_of(make(source, epochs=1, **options)))
         rows = ids_of(make(source, epochs=2, **options))
         assert sorted(rows[:count]) == sorted(rows[count:]) and rows[:count] != rows[count:]
+
+
+def test_files_are_read_by_turns_in_proportion_to_their_size(tmp_path):
+    sizes = {"a": 400_000, "b": 200_000, "c": 100_000}
+    for name, size in sizes.items():
+        line = f"{name} " * 30 + "\n\n"
+        (tmp_path / f"{name}.txt").write_text(line * (size // len(line)))
+    for i in range(8):
+        write_jsonl(tmp_path / f"small-{i}.jsonl", [f"d{i} " * 200])
+    source = open_source(tmp_path, seed=1)
+    kinds, small = [], []
+    for piece in source.pieces():
+        (small if piece.text.startswith("d") else kinds).append(piece.text.split()[0])
+        place = len(kinds)
+        if piece.text.startswith("d"):
+            small[-1] = place
+    length = len(kinds)
+    for part in (kinds[: length // 2], kinds[length // 2 :]):
+        assert [part.count(name) / len(part) for name in "abc"] == pytest.approx([4 / 7, 2 / 7, 1 / 7], abs=0.1)
+    # small files stand anywhere
+    assert len(small) == 8 and min(small) < length / 3 and max(small) > length * 2 / 3
+    # without shuffling one is read after the other
+    source = open_source(tmp_path)
+    kinds = [piece.text.split()[0] for piece in source.pieces()]
+    assert kinds == sorted(kinds)
 
 
 def test_config_and_split_of_a_dataset(sources, monkeypatch):

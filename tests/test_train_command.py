@@ -1,20 +1,19 @@
 """`varidepth train`: a plan first, then a complete checkpoint, and resumed runs that end as those that ran through."""
 
 import json
-import os
 import re
-import socket
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 import yaml
+from accelerate.state import AcceleratorState
 from real_text import VOCABULARY, save_source, text_tokenizer
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
+from two_processes import VARIDEPTH, run_two
 
 from varidepth.cli.main import main
+from varidepth.training.progress import TrainingProgress
 from varidepth.training.training_checkpoints import last_checkpoint
 from varidepth.training.training_recipe import TrainingRecipe
 from varidepth.training.training_run import make_trainer
@@ -131,6 +130,57 @@ def test_a_converted_checkpoint_is_trained_on(tmp_path, capsys):
     assert not start.model.routers.weight.any() and model.model.routers.weight.std() > 0.1
 
 
+@pytest.mark.parametrize("conversion", ["mor_middle_cycle", "null"])
+def test_terms_of_use_are_inherited(tmp_path, conversion):
+    source = save_source(tmp_path / "source")
+    (source / "LICENSE").write_text("Be kind.")
+    (source / "README.md").write_text("---\nlicense: apache-2.0\n---\n# A model\n")
+    recipe = write_recipe(tmp_path, "llama", steps=1)
+    parts = yaml.safe_load(recipe.read_text())
+    parts["model"] = {"source": str(source), "conversion": yaml.safe_load(conversion)}
+    recipe.write_text(yaml.safe_dump(parts))
+    assert main(["train", str(recipe), "--quiet"]) == 0
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "license: apache-2.0" in card and ", from `source` on" in card and str(tmp_path) not in card
+    assert ("trust_remote_code" in card) == (conversion != "null")
+    assert (tmp_path / "out" / "LICENSE").read_text() == "Be kind."
+
+
+def test_a_number_may_name_the_output(tmp_path, monkeypatch):
+    recipe = write_recipe(tmp_path, "llama", steps=1)
+    monkeypatch.chdir(tmp_path)
+    assert main(["train", str(recipe), "-o", "2024", "--quiet"]) == 0
+    assert (tmp_path / "2024" / "config.json").is_file()
+
+
+def test_an_incomplete_source_is_refused(tmp_path, capsys):
+    source = save_source(tmp_path / "source")
+    weights = load_file(source / "model.safetensors")
+    weights.pop("model.layers.3.mlp.up_proj.weight")
+    save_file(weights, source / "model.safetensors", metadata={"format": "pt"})
+    recipe = write_recipe(tmp_path, "llama", steps=1)
+    parts = yaml.safe_load(recipe.read_text())
+    parts["model"] = {"source": str(source)}
+    recipe.write_text(yaml.safe_dump(parts))
+    assert main(["train", str(recipe), "--quiet"]) == 2
+    assert "lacks the weight model.layers.3.mlp.up_proj.weight" in capsys.readouterr().err
+
+
+def test_an_interrupted_run_says_how_to_go_on(tmp_path, capsys, monkeypatch):
+    recipe = str(write_recipe(tmp_path))
+
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(TrainingProgress, "on_step_end", stop)
+    assert main(["train", recipe, "--quiet"]) == 130
+    assert "interrupted, nothing was kept" in capsys.readouterr().err
+    monkeypatch.undo()
+    monkeypatch.setattr(TrainingProgress, "on_train_end", stop)
+    assert main(["train", recipe, "--quiet"]) == 130
+    assert "checkpoint-8 is complete, go on behind it with --resume" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -149,21 +199,39 @@ def test_what_does_not_fit_is_said_before_training(tmp_path, capsys, change, mes
     assert message is None or message in error
 
 
+@pytest.mark.parametrize(
+    "changes",
+    [
+        ["schedule.kind=cosine", "schedule.decay=null", "training.gradient_checkpointing=true"],
+        ["schedule.kind=constant", "schedule.decay=null", "training.eval_steps=2"],
+        ["training.precision=bf16", "training.log_routing=false"],
+        ["training.precision=pure_bf16", "model.attention=eager"],
+        ["arguments.torch_empty_cache_steps=3"],
+    ],
+)
+def test_other_fields_of_a_recipe_run(changes, tmp_path, monkeypatch):
+    """Under a launcher's file that names another precision, which does not count."""
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+    recipe = write_recipe(tmp_path, steps=2)
+    trainer = make_trainer(TrainingRecipe.load(recipe, changes), show=False)[0]
+    assert trainer.accelerator.mixed_precision == ("bf16" if "training.precision=bf16" in changes else "no")
+    assert trainer.args.torch_empty_cache_steps == (3 if "arguments" in changes[0] else None)
+    AcceleratorState._reset_state(reset_partial_state=True)
+    monkeypatch.undo()
+    assert main(["train", str(recipe), "--quiet", *(flag for change in changes for flag in ("--set", change))]) == 0
+
+
+@pytest.mark.parametrize("argument", ["per_device_eval_batch_size=3", "gradient_checkpointing_kwargs={}"])
+def test_arguments_that_a_recipe_decides_are_refused(argument, tmp_path, capsys):
+    recipe = write_recipe(tmp_path, steps=1)
+    assert main(["train", str(recipe), "--quiet", "--set", f"arguments.{argument}"]) == 2
+    assert argument.partition("=")[0] in capsys.readouterr().err
+
+
 def test_two_processes_share_the_rows(tmp_path):
     recipe = write_recipe(tmp_path, steps=3)
     assert main(["train", str(recipe), "-o", str(tmp_path / "one"), "--quiet"]) == 0
-    environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = str(free.getsockname()[1])
-    ddp = str(Path(__file__).parents[1] / "examples" / "distributed" / "ddp.yaml")
-    command = [
-        sys.executable, "-m", "accelerate.commands.launch", "--config_file", ddp, "--num_processes", "2",
-        "--mixed_precision", "no", "--main_process_port", port,
-        "-m", "varidepth.cli.main", "train", str(recipe), "-o", str(tmp_path / "two"),
-    ]  # fmt: skip
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert re.search(r"^processes +2$", done.stdout, flags=re.M) and done.stdout.count("training loss") == 1
+    printed = run_two(tmp_path / "log.txt", *VARIDEPTH, "train", str(recipe), "-o", str(tmp_path / "two"))
+    assert re.search(r"^processes +2$", printed, flags=re.M) and printed.count("training loss") == 1
     # the same rows make the same steps
     assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=1e-4)

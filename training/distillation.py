@@ -15,6 +15,7 @@ from transformers.modeling_outputs import CausalLMOutput
 from ..modeling.decoder_backbone import FAMILIES
 from ..modeling.heads import CausalLMHead, RoutedCausalLMOutputWithPast
 from .distillation_loss import Head, chunked_distillation_loss
+from .run_setup import refuse_several_gpus
 from .schedules import Schedule, value_at
 
 
@@ -66,11 +67,7 @@ class DistillationTrainer(Trainer):
                 "label_smoothing_factor and compute_loss_func would change the loss that distillation defines itself: "
                 "leave them out."
             )
-        if self.args.n_gpu > 1:
-            raise ValueError(
-                f"{self.args.n_gpu} GPUs in one process would copy the model at every step: start one process per GPU "
-                "with torchrun or accelerate, or set CUDA_VISIBLE_DEVICES to one."
-            )
+        refuse_several_gpus(self.args)
         student = innermost(self.model)
         sizes = [model.config.get_text_config().vocab_size for model in (teacher, student)]
         if sizes[0] != sizes[1]:

@@ -1,7 +1,7 @@
 """Healing: a model that was cut out of its source learns from the source, state by state and token by token.
 
-trainer = HealingTrainer(model, args, teacher=source, hidden_weight=Ramp(10.0, 0.0), train_dataset=stream)
-CapacityAnnealing(trainer, sample, begin=0.6, end=0.9).attach(trainer)  # depth first, then routing
+trainer = HealingTrainer(model, args, teacher=source, hidden_weight=Ramp(30.0, 3.0), train_dataset=stream)
+CapacityAnnealing(sample, begin=0.6, end=0.9).attach(trainer)  # depth first, then routing
 trainer.train()
 """
 
@@ -9,17 +9,18 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
+from accelerate.utils import broadcast, broadcast_object_list
 from torch import nn
 from transformers import PreTrainedModel
 
 from .distillation import DistillationTrainer, innermost
 from .hidden_matching import hidden_distance, matched_states
-from .importance_start import start_by_importance
-from .router_start import start_routers
+from .importance_start import start_by_importance, why_not_started_by_importance
+from .router_start import start_routers, why_not_started
 from .schedules import Ramp, Schedule
 from .training_checkpoints import KeptCallback
 
@@ -34,11 +35,11 @@ class HealingTrainer(DistillationTrainer):
     Args:
         hidden_weight: weight of the distance, or a function of the progress.
         hidden_states: where states are compared, `boundaries` or `all` layers.
-        teacher, args, kwargs: of `DistillationTrainer` and `Trainer`. Without an optimizer of yours, AdamW gets the
-            groups of `relative_groups`: `args.learning_rate` is then relative to the size of each parameter.
+        teacher, args, kwargs: of `DistillationTrainer` and `Trainer`. Without an optimizer of yours, that of `args`
+            gets the groups of `relative_groups`: `args.learning_rate` is then relative to the size of each parameter.
 
     Raises:
-        ValueError: a weight below 0, or what `DistillationTrainer` refuses.
+        ValueError: a weight below 0, a weight decay, an optimizer class, or what `DistillationTrainer` refuses.
     """
 
     def __init__(
@@ -47,6 +48,11 @@ class HealingTrainer(DistillationTrainer):
         super().__init__(*args, **kwargs)
         if not callable(hidden_weight) and hidden_weight < 0:
             raise ValueError(f"hidden_weight={hidden_weight} would drive the states apart: give 0 or more.")
+        if self.args.weight_decay or self.optimizer_cls_and_kwargs is not None:
+            raise ValueError(
+                "weight_decay and optimizer_cls_and_kwargs would be ignored, since HealingTrainer groups the "
+                "parameters itself: leave them out, or give an optimizer of yours by `optimizers`."
+            )
         self.hidden_weight = hidden_weight
         self.hidden_states = hidden_states
 
@@ -57,6 +63,25 @@ class HealingTrainer(DistillationTrainer):
             groups = relative_groups(trained, self.args.learning_rate)
             self.optimizer = kind(groups, **options)
         return self.optimizer
+
+    def renew_rates(self, parameters: Iterable[nn.Parameter]) -> None:
+        """Makes the learning rates relative to what the parameters are now, after they were set from outside.
+
+        Whole groups of the optimizer are renewed, and what it remembers of the gradients of these parameters is
+        dropped. It does nothing before the optimizer and its schedule exist, or without groups of `relative_groups`.
+        """
+        scheduler, wanted = self.lr_scheduler, set(parameters)
+        if self.optimizer is None or scheduler is None:
+            return
+        for number, group in enumerate(self.optimizer.param_groups):
+            size = _root_mean_square(group["params"])
+            if not group.get("relative") or not size or wanted.isdisjoint(group["params"]):
+                continue
+            before = scheduler.base_lrs[number]
+            scheduler.base_lrs[number] = group["initial_lr"] = self.args.learning_rate * size
+            group["lr"] *= scheduler.base_lrs[number] / before
+            for parameter in wanted.intersection(group["params"]):
+                self.optimizer.state.pop(parameter, None)
 
     def _wanted_outputs(self, student: PreTrainedModel) -> dict[str, Any]:
         return {"output_hidden_states": True} if self._now(self.hidden_weight) else {}
@@ -96,7 +121,7 @@ def relative_groups(model: nn.Module, learning_rate: float) -> list[dict[str, An
     sizes = {kind: _root_mean_square(parameters) for kind, parameters in groups.items()}
     least = min((size for size in sizes.values() if size > 0), default=1.0)
     return [
-        {"params": parameters, "lr": learning_rate * (sizes[kind] or least), "weight_decay": 0.0}
+        {"params": parameters, "lr": learning_rate * (sizes[kind] or least), "weight_decay": 0.0, "relative": True}
         for kind, parameters in groups.items()
     ]
 
@@ -111,37 +136,41 @@ class CapacityAnnealing(KeptCallback):
 
     They fall to those of the configuration, along half a cosine, until `end`.
 
+        CapacityAnnealing(sample, begin=0.5, end=0.8).attach(trainer)
+
     Routers are started from what depth gains for the tokens of a sample: `start_routers` for a MoR,
-    `start_by_importance` for a MoD, which also divides the capacity among the layers. A checkpoint holds the
-    capacities of its moment. It does nothing for a model whose capacities are all 1.
+    `start_by_importance` for a MoD, which also divides the capacity among the layers. Those that cannot be started so
+    (`not_started` says why) learn from where they are. A checkpoint holds the capacities of its moment. A model whose
+    capacities are all 1 stays as it is.
 
     Args:
-        trainer: its model is routed by expert choice and may be wrapped.
         sample: token ids of shape `(batch, seq_len)` without pads, some thousand tokens.
         begin, end: shares of the training.
 
     Raises:
-        ValueError: unless `0 <= begin <= end <= 1`, or the model is not routed by expert choice.
+        ValueError: unless `0 <= begin <= end <= 1`.
     """
 
-    def __init__(
-        self, trainer: DistillationTrainer, sample: Iterable[torch.Tensor], *, begin: float = 0.5, end: float = 0.8
-    ):
-        self.trainer = trainer
+    def __init__(self, sample: Iterable[torch.Tensor], *, begin: float = 0.5, end: float = 0.8):
         self.sample = list(sample)
         self.way = Ramp(0.0, 1.0, begin, end)
-        self.model = innermost(trainer.model)
-        if getattr(self.model.config, "routing", None) != "expert_choice":
-            raise ValueError(
-                f"routing is {getattr(self.model.config, 'routing', None)!r}, but only expert choice has capacities "
-                "to anneal; leave this callback out."
-            )
-        self.wanted = list(self.model.config.capacities)
         self.started = False
+        self.not_started: str | None = None
 
-    def attach(self) -> None:
-        """Adds this callback to its trainer."""
-        self.trainer.add_callback(self)
+    def attach(self, trainer: DistillationTrainer) -> None:
+        """Adds this callback to a trainer.
+
+        Raises:
+            ValueError: if the trainer's model is not routed by expert choice, or anneals its capacities itself.
+        """
+        config = innermost(trainer.model).config
+        reason = why_not_annealed(config)
+        if reason is not None:
+            raise ValueError(f"{reason}: leave this callback out.")
+        self.trainer = trainer
+        self.wanted = list(config.capacities)
+        self.not_started = _WHY_NOT_STARTED[config.model_type](config)
+        trainer.add_callback(self)
 
     def keep(self) -> dict[str, Any]:
         return {"started": self.started, "wanted": self.wanted}
@@ -155,7 +184,11 @@ class CapacityAnnealing(KeptCallback):
         self.started, self.wanted = kept["started"], kept["wanted"]
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self._follow()
+        progress = self.trainer.progress()
+        if progress >= self.way.begin:
+            self._start()
+        open_share = 1 - self.way(progress)
+        self._model.config.capacities = [c + (1 - c) * open_share for c in self.wanted]
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.finish()
@@ -163,23 +196,41 @@ class CapacityAnnealing(KeptCallback):
     def finish(self) -> None:
         """Routers started, capacities as wanted: where training ended before."""
         self._start()
-        self.model.config.capacities = self.wanted
+        self._model.config.capacities = self.wanted
 
-    def _follow(self) -> None:
-        progress = self.trainer.progress()
-        if progress >= self.way.begin:
-            self._start()
-        open_share = 1 - self.way(progress)
-        self.model.config.capacities = [c + (1 - c) * open_share for c in self.wanted]
+    @property
+    def _model(self) -> PreTrainedModel:
+        return innermost(self.trainer.model)
 
     def _start(self) -> None:
         if self.started or min(self.wanted) == 1:
             return
         self.started = True
-        config = self.model.config
-        config.capacities = self.wanted
-        if config.model_type == "mor":
-            start_routers(self.model, self.sample)
-        else:
-            start_by_importance(self.model, self.sample)
-            self.wanted = list(config.capacities)
+        if self.not_started is not None:
+            return
+        model = self._model
+        model.config.capacities = self.wanted
+        _START[model.config.model_type](model, self.sample)
+        routers = list(model.model.routers.parameters())
+        # every process has measured it for itself, in arithmetic that need not round alike
+        broadcast([p.data for p in routers])
+        self.wanted = broadcast_object_list([list(model.config.capacities)])[0]
+        if isinstance(self.trainer, HealingTrainer):
+            self.trainer.renew_rates(routers)
+
+
+_START: dict[str, Callable[..., Any]] = {"mor": start_routers, "mod": start_by_importance}
+_WHY_NOT_STARTED = {"mor": why_not_started, "mod": why_not_started_by_importance}
+
+
+def why_not_annealed(config: Any) -> str | None:
+    """Why the capacities of a model cannot be annealed, as a clause; `None` if they can."""
+    routing = getattr(config, "routing", None)
+    if routing != "expert_choice":
+        return f"routing is {routing!r}, but only expert choice has capacities to anneal"
+    if config.capacity_warmup_steps:
+        return (
+            f"capacity_warmup_steps is {config.capacity_warmup_steps}, so that the model anneals its capacities "
+            "itself, by its own count of steps"
+        )
+    return None

@@ -6,18 +6,19 @@ import dataclasses
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 import yaml
 from transformers import PreTrainedModel
 
 from ..conversion.checkpoint_writer import check_output, new_folder
 from ..conversion.companion_files import copy_files, files_without
+from ..model_cards.healed_card import add_healing
 
 
 if TYPE_CHECKING:
     from ..conversion.source_checkpoint import SourceCheckpoint
     from .healing_run import Healed, HealingSettings
 
-_UNMEASURED = "**Nothing about the quality of this checkpoint has been measured.**"
 _WEIGHTS = ("*.safetensors", "*.safetensors.index.json", "*.bin", "*.bin.index.json")
 
 
@@ -27,48 +28,49 @@ def write_healed(
     output: Path,
     settings: HealingSettings,
     healed: Healed,
+    text: str,
     *,
     overwrite: bool = False,
 ) -> None:
-    """Writes a folder that appears only when it is complete.
+    """Writes a folder that appears only when it is complete, with weights of the type that they had before.
 
     Args:
-        model: the healed model.
+        model: the healed model; its weights are left in the type of the checkpoint.
         checkpoint: what it was before; its tokenizer, terms of use and card are taken over.
         output: folder to make.
         settings, healed: go into the card.
+        text: what was read, by a name that may be published.
         overwrite: replace a checkpoint that is in `output`.
 
     Raises:
         ConversionError: if the output is not free or cannot be written.
     """
     check_output(output, checkpoint.folder, overwrite=overwrite)
+    _cast(model, checkpoint.config.dtype or torch.float32)
     files = files_without(checkpoint.folder, *_WEIGHTS)
     needed = sum(p.numel() * p.element_size() for p in model.parameters()) + sum(p.stat().st_size for p in files)
     with new_folder(output, needed, overwrite=overwrite) as folder:
         copy_files(files, checkpoint.folder, folder)
         model.save_pretrained(folder)
-        card = folder / "README.md"
-        text = card.read_text("utf-8") if card.is_file() else f"# {output.name}\n"
-        card.write_text(_with_healing(text, settings, healed), encoding="utf-8")
+        values: dict[str, Any] = {
+            name: value if isinstance(value, int | float | str | None) else repr(value)
+            for name, value in dataclasses.asdict(settings).items()
+        }
+        calibration = None if healed.calibration is None else healed.calibration.table()
+        add_healing(folder, _trained(healed, text), yaml.safe_dump(values, sort_keys=False), calibration)
 
 
-def _with_healing(card: str, settings: HealingSettings, healed: Healed) -> str:
-    values: dict[str, Any] = {
-        name: value if isinstance(value, int | float | str | None) else repr(value)
-        for name, value in dataclasses.asdict(settings).items()
-    }
+def _cast(model: Any, dtype: Any) -> None:
+    """As transformers loads it: what is kept in fp32 stays in fp32."""
+    kept = tuple(f"model.{name}" for name in model.model._keep_in_fp32_modules_strict)
+    for name, parameter in model.named_parameters():
+        if not name.startswith(kept):
+            parameter.data = parameter.data.to(dtype)
+
+
+def _trained(healed: Healed, text: str) -> str:
     logs = [entry for entry in healed.log if "kl" in entry]
-    trained = f"Distilled from its source on {healed.tokens} tokens in {healed.steps} steps"
+    trained = f"Distilled from its source on {healed.tokens} tokens of `{text}` in {healed.steps} steps"
     if logs:
-        trained += f"; KL divergence from it on the text of training {logs[0]['kl']:.3f} -> {logs[-1]['kl']:.3f} nats"
-    section = f"\n## Healing\n\n{trained}.\n\n```yaml\n{yaml.safe_dump(values, sort_keys=False)}```\n"
-    if healed.calibration is not None:
-        section += f"\n```\n{healed.calibration.table()}\n```\n"
-    before, references, after = card.partition("\n## References")
-    return (
-        before.replace(_UNMEASURED, "See Healing below for what is known of its quality.")
-        + section
-        + references
-        + after
-    )
+        trained += f" (KL divergence from it on the text of training {logs[0]['kl']:.3f} -> {logs[-1]['kl']:.3f} nats)"
+    return trained

@@ -43,17 +43,12 @@ def start_by_importance(
         is noisy, so that even a perfect router stays well below 1.
 
     Raises:
-        ValueError: if the routers have no bias, the gate is not `straight_through` or the rule not `threshold`,
-            `share` is out of range, or there is no token.
+        ValueError: for what `why_not_started_by_importance` says, if `share` is out of range, or there is no token.
     """
     config: Any = model.config
-    needed = {"gate": "straight_through", "router_bias": True, "inference_rule": "threshold"}
-    for field, value in needed.items():
-        if getattr(config, field, None) != value:
-            raise ValueError(
-                f"`{field}` is {getattr(config, field, None)!r}, but routers can only be started by importance with "
-                f"{field}={value!r}; convert with it."
-            )
+    reason = why_not_started_by_importance(config)
+    if reason is not None:
+        raise ValueError(f"{reason}.")
     wanted = sum(config.capacities) / len(config.capacities) if share is None else share
     if not 0 < wanted < 1:
         raise ValueError(f"`share` is {wanted}, but must be between 0 and 1: the mean capacity of the routed layers.")
@@ -80,6 +75,18 @@ def start_by_importance(
         float(torch.corrcoef(torch.stack([score, y.clamp(min=y[y > 0].min()).log()]))[0, 1])
         for score, y in zip(scores, importance, strict=True)
     ]
+
+
+def why_not_started_by_importance(config: Any) -> str | None:
+    """Why the routers of a MoD cannot be started by importance, as a clause; `None` if they can."""
+    needed = {"gate": "straight_through", "router_bias": True, "inference_rule": "threshold"}
+    for field, value in needed.items():
+        if getattr(config, field, None) != value:
+            return (
+                f"`{field}` is {getattr(config, field, None)!r}, but routers can only be started by importance with "
+                f"{field}={value!r}; convert with it"
+            )
+    return None
 
 
 def _measure(model: PreTrainedModel, batches: list[torch.Tensor]) -> tuple[list[torch.Tensor], torch.Tensor]:

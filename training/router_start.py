@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import nn
@@ -40,22 +41,12 @@ def start_routers(
         For each router that was set, the correlation of its logits with the gain on these batches.
 
     Raises:
-        ValueError: if the routers are not linear expert-choice routers with a bias under the rule "threshold", or
-            there is no token.
+        ValueError: for what `why_not_started` says, or if there is no token.
     """
     config = model.config
-    routing, kind, bias = (getattr(config, name, None) for name in ("routing", "router_type", "router_bias"))
-    if routing != "expert_choice" or kind != "linear" or not bias:
-        raise ValueError(
-            f"routing is {routing!r}, router_type {kind!r} and router_bias {bias}, but only linear expert-choice "
-            "routers with a bias can be started; convert with `router_bias: true`."
-        )
-    if config.inference_rule != "threshold":
-        raise ValueError(
-            f"inference_rule is {config.inference_rule!r}, but only 'threshold' routers can be started, since no "
-            "other rule compares their scores with a threshold; train them, or convert with "
-            "`inference_rule: threshold`."
-        )
+    reason = why_not_started(config)
+    if reason is not None:
+        raise ValueError(f"{reason}.")
     batches = [ids.to(model.device) for ids in batches]
     if not sum(ids[:, 1:].numel() for ids in batches):
         raise ValueError("The batches hold no token with a next one: give rows of at least two tokens.")
@@ -86,6 +77,23 @@ def start_routers(
         routers.bias[router, 0] = logit_threshold(config.router_thresholds[recursion]) - below
         correlations[router] = torch.corrcoef(torch.stack([scores, gain]))[0, 1].item()
     return correlations
+
+
+def why_not_started(config: Any) -> str | None:
+    """Why the routers of a MoR cannot be started, as a clause; `None` if they can."""
+    routing, kind, bias = (getattr(config, name, None) for name in ("routing", "router_type", "router_bias"))
+    if routing != "expert_choice" or kind != "linear" or not bias:
+        return (
+            f"routing is {routing!r}, router_type {kind!r} and router_bias {bias}, but only linear expert-choice "
+            "routers with a bias can be started; convert with `router_bias: true`"
+        )
+    if config.inference_rule != "threshold":
+        return (
+            f"inference_rule is {config.inference_rule!r}, but only 'threshold' routers can be started, since no "
+            "other rule compares their scores with a threshold; train them, or convert with "
+            "`inference_rule: threshold`"
+        )
+    return None
 
 
 def _set(routers: RouterBank, router: int, logit: float) -> None:

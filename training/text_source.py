@@ -9,8 +9,9 @@ from __future__ import annotations
 import json
 import random
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from heapq import heapify, heappop, heappush
 from inspect import signature
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -23,6 +24,8 @@ _LOADERS = {".parquet": "parquet", ".json": "json", ".csv": "csv", ".arrow": "ar
 _COMPRESSED = (".gz", ".zst", ".xz", ".bz2")
 # a text file is read in pieces that end at a blank line behind so many bytes, or anywhere behind the second number
 _LEAST_PIECE, _LARGEST_PIECE = 4_000, 64_000
+# bytes of a file that are read before another one has its turn
+_TURN = 32_768
 
 
 class Piece(NamedTuple):
@@ -75,38 +78,77 @@ class TextSource(ABC):
 class TextFiles(TextSource):
     """Local files: each `.txt` or `.md` file is a document, and so is each line of a `.jsonl` file.
 
+    With a seed several files are read by turns of some pages, each as often as its size asks for, so that every part
+    of the epoch shows all kinds of text; a document ends where its file's turn does.
+
     Args:
         paths: files.
         column: key of the text in a `.jsonl` file.
-        seed: of the order of the files.
+        seed: of the turns; `None` reads one file after the other.
     """
 
     def __init__(self, paths: Sequence[Path], column: str = "text", seed: int | None = None):
         super().__init__(seed)
         self.paths, self.column = list(paths), column
-        self._place = {"file": 0, "byte": 0}
+        self._by_turns = seed is not None and len(self.paths) > 1
+        self.begin(0)
 
     def begin(self, epoch: int, state: Mapping[str, Any] | None = None) -> None:
         super().begin(epoch, state)
-        self._place = {"file": 0, "byte": 0, **(self._from or {})}
+        # bytes of each file that were read, and the file whose turn it is
+        self._read: list[int] = [0] * len(self.paths)
+        self._file: int | None = None
+        if self._from is not None:
+            self._read, self._file = list(self._from["read"]), self._from["file"]
 
     def pieces(self) -> Iterator[Piece]:
-        order = self._order(len(self.paths))
-        for number in range(self._place["file"], len(order)):
-            path = self.paths[order[number]]
-            read = _json_lines if path.suffix in LINE_SUFFIXES else _text_pieces
-            try:
-                with path.open("rb") as file:
-                    file.seek(self._place["byte"])
-                    for piece in read(file, path, self.column):
-                        self._place = {"file": number, "byte": file.tell()}
-                        yield piece
-            except OSError as error:
-                raise ValueError(f"{path} cannot be read ({error.strerror}): give a text file in UTF-8.") from None
-            self._place = {"file": number + 1, "byte": 0}
+        sizes = [_readable(path, lambda path: path.stat().st_size) for path in self.paths]
+        draw = random.Random(f"{self.seed} {self._epoch}")
+        # a file of one turn may stand anywhere
+        shifts = [draw.random() * min(size, _TURN) for size in sizes]
+
+        def place(number: int) -> float:
+            """Of the file's next turn in the epoch, 0 to 1; without turns, of the file among all."""
+            if not self._by_turns:
+                return float(number)
+            return (self._read[number] + shifts[number]) / sizes[number]
+
+        unread = (i for i, size in enumerate(sizes) if self._read[i] < size and i != self._file)
+        waiting = [(place(i), i) for i in unread]
+        heapify(waiting)
+        while self._file is not None or waiting:
+            number = heappop(waiting)[1] if self._file is None else self._file
+            yield from self._turn(number)
+            if self._read[number] < sizes[number]:
+                heappush(waiting, (place(number), number))
+
+    def _turn(self, number: int) -> Iterator[Piece]:
+        """Pieces of a file to the end of its turn, or of itself."""
+        path = self.paths[number]
+        read = _json_lines if path.suffix in LINE_SUFFIXES else _text_pieces
+        inside = self._file is not None
+        with _readable(path, lambda path: path.open("rb")) as file:
+            file.seek(self._read[number])
+            for piece in read(file, path, self.column):
+                turns = self._read[number] // _TURN, file.tell() // _TURN
+                over = self._by_turns and turns[0] != turns[1]
+                self._read[number], self._file = file.tell(), None if over else number
+                if piece.text.strip() or inside:
+                    yield Piece(piece.text, piece.ends or over)
+                if over:
+                    return
+                inside = not piece.ends
+        self._read[number], self._file = max(self._read[number], path.stat().st_size), None
 
     def state_dict(self) -> dict[str, Any]:
-        return dict(self._place)
+        return {"read": list(self._read), "file": self._file}
+
+
+def _readable(path: Path, use: Callable[[Path], Any]) -> Any:
+    try:
+        return use(path)
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read ({error.strerror}): give a text file in UTF-8.") from None
 
 
 class TextList(TextSource):

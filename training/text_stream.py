@@ -382,8 +382,10 @@ class _RowReader:
             ids = ids + end if piece.ends else ids
             if ids:
                 self._chunks.append(_Chunk(ids, not self._inside))
-                self._inside = not piece.ends
+                self._inside = True
                 self._seen += len(ids)
+            if piece.ends:
+                self._inside = False
 
     def _next_epoch(self) -> bool:
         if not self._seen and not self._resumed:

@@ -5,11 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from transformers import TrainerCallback
-from transformers.trainer_callback import ExportableState
+from transformers import Trainer, TrainerCallback
+from transformers.trainer_callback import ExportableState, TrainerState
 
 
 CHECKPOINT = "checkpoint-"
+STATE = "trainer_state.json"
 
 
 class KeptCallback(TrainerCallback, ExportableState):
@@ -34,12 +35,16 @@ class KeptCallback(TrainerCallback, ExportableState):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         super().on_train_begin(args, state, control, **kwargs)
-        name = type(self).__name__
-        saved = state.stateful_callbacks.get(name)
         if state.global_step:
-            self.restore((saved or {}).get("attributes") or None, state.global_step)
+            self.restore_from(state)
         # Trainer only writes the states of callbacks that stand here
-        state.stateful_callbacks[name] = {"args": {}, "attributes": {}}
+        state.stateful_callbacks[type(self).__name__] = {"args": {}, "attributes": {}}
+
+    def restore_from(self, state: TrainerState) -> None:
+        """Takes what a checkpoint's state holds of this callback."""
+        states: Any = state.stateful_callbacks
+        saved = states.get(type(self).__name__) or {}
+        self.restore(saved.get("attributes") or None, state.global_step)
 
     def state(self) -> dict[str, Any]:
         return {"args": {}, "attributes": self.keep()}
@@ -50,7 +55,7 @@ def last_checkpoint(folder: Path) -> Path | None:
     found = [
         path
         for path in folder.glob(f"{CHECKPOINT}*")
-        if path.name.removeprefix(CHECKPOINT).isdigit() and (path / "trainer_state.json").is_file()
+        if path.name.removeprefix(CHECKPOINT).isdigit() and (path / STATE).is_file()
     ]
     return max(found, key=lambda path: int(path.name.removeprefix(CHECKPOINT)), default=None)
 
@@ -68,3 +73,28 @@ def checkpoint_to_resume(folder: Path, resume: bool) -> Path | None:
             "remove it, or name another folder."
         )
     return newest
+
+
+def how_to_resume(folder: Path) -> str:
+    """What to say of a training that was interrupted."""
+    newest = last_checkpoint(folder)
+    return "nothing was kept" if newest is None else f"{newest} is complete, go on behind it with --resume"
+
+
+def train_from(trainer: Trainer, newest: Path | None) -> None:
+    """Trains from the begin, or behind a checkpoint; one that was the last is loaded and not trained further.
+
+    `Trainer` itself makes one step before it sees that none was left.
+    """
+    if newest is None:
+        trainer.train()
+        return
+    state = TrainerState.load_from_json(str(newest / STATE))
+    if state.global_step < trainer.args.max_steps:
+        trainer.train(resume_from_checkpoint=str(newest))
+        return
+    trainer._load_from_checkpoint(str(newest))
+    trainer.state = state
+    for callback in trainer.callback_handler.callbacks:
+        if isinstance(callback, KeptCallback):
+            callback.restore_from(state)

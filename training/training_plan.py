@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ from ..configuration.config_basics import check_choice
 from ..conversion.convert import convert
 from ..conversion.planned_cost import figure, format_columns
 from ..conversion.recipe_fields import CONFIGS
+from .run_setup import world_size
 from .training_recipe import TrainingRecipe
 
 
@@ -162,11 +162,6 @@ def packing_of(recipe: TrainingRecipe, config: Any) -> str:
             "its paper, or 'separate'."
         )
     return recipe.data.packing
-
-
-def world_size() -> int:
-    """Processes that the launcher (accelerate, torchrun) has started."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def gib(count: float) -> str:

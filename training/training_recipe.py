@@ -153,7 +153,8 @@ _PARTS: dict[str, type] = {
 }
 # fields of TrainingArguments that a part of the recipe decides
 _DECIDED = {
-    "output_dir", "max_steps", "num_train_epochs", "per_device_train_batch_size", "gradient_accumulation_steps",
+    "output_dir", "max_steps", "num_train_epochs", "per_device_train_batch_size", "per_device_eval_batch_size",
+    "gradient_accumulation_steps", "gradient_checkpointing_kwargs",
     "learning_rate", "adam_beta1", "adam_beta2", "adam_epsilon", "weight_decay", "max_grad_norm",
     "lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps", "bf16", "fp16", "seed", "save_steps", "save_strategy",
     "save_total_limit", "eval_steps", "eval_strategy", "logging_steps", "gradient_checkpointing",

@@ -12,22 +12,25 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, Trainer, TrainingArguments, set_seed
 
+from ..configuration.backbone_config import BACKBONES, MOE_BACKBONES
+from ..conversion.complete_loading import load_complete
 from ..conversion.convert import convert
-from ..model_cards.trained_card import write_trained_card
+from ..conversion.recipe_fields import ARCHITECTURES
+from ..conversion.source_checkpoint import card_data, open_source
+from ..model_cards.trained_card import Origin, write_trained_card
 from .jrt_collator import JRTCollator
 from .progress import TrainingProgress
 from .router_start import start_routers
 from .routing_health import RoutingHealthCallback
+from .run_setup import ROUTER_TOKENS, hold_precision, quiet_arguments, refuse_several_gpus, world_size
 from .sharding import FullPrecisionRouters
 from .text_stream import StreamCallback, TextStream
-from .training_checkpoints import checkpoint_to_resume
-from .training_plan import TrainingPlan, model_config, packing_of, plan_training, world_size
+from .training_checkpoints import checkpoint_to_resume, train_from
+from .training_plan import TrainingPlan, model_config, packing_of, plan_training
 from .training_recipe import TrainingRecipe
 
 
 _CONVERTED = "converted"
-# of the text, on which routers are started
-_ROUTER_TOKENS = 8192
 
 
 @dataclass(frozen=True)
@@ -65,7 +68,7 @@ def run_training(recipe: TrainingRecipe, *, resume: bool = False, show: bool = T
     output = Path(recipe.training.output)
     newest = checkpoint_to_resume(output, resume)
     trainer, stream = make_trainer(recipe, resume=newest is not None, show=show)
-    trainer.train(resume_from_checkpoint=None if newest is None else str(newest))
+    train_from(trainer, newest)
     metrics = trainer.evaluate() if trainer.eval_dataset is not None else {}
     trainer.save_model()
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
@@ -80,7 +83,8 @@ def run_training(recipe: TrainingRecipe, *, resume: bool = False, show: bool = T
     if trainer.is_world_process_zero():
         trainer.save_state()
         plan = plan_training(recipe, trainer.args.world_size)
-        write_trained_card(output, plan.config, recipe.without_paths().to_yaml(), _facts(plan, result))
+        echoed = recipe.without_paths()
+        write_trained_card(output, plan.config, echoed.to_yaml(), _facts(plan, result), _origin(recipe, echoed))
     return result
 
 
@@ -88,15 +92,11 @@ def make_trainer(recipe: TrainingRecipe, *, resume: bool = False, show: bool = T
     """A `Trainer` for a recipe, ready to train, and the text that it reads; for changes that no recipe tells."""
     model_config(recipe)  # what does not fit is said before anything is made
     args = training_arguments(recipe)
-    if args.n_gpu > 1:
-        raise ValueError(
-            f"{args.n_gpu} GPUs in one process would copy the model at every step: start one process per GPU with "
-            "`accelerate launch -m varidepth.cli.main train ...`, or set CUDA_VISIBLE_DEVICES to one."
-        )
+    refuse_several_gpus(args)
     set_seed(recipe.training.seed)
     model, tokenizer = _model_and_tokenizer(recipe, args, resume)
     if recipe.model.start_routers and not resume:
-        sample = islice(_text(recipe, "joined", tokenizer), max(1, _ROUTER_TOKENS // recipe.training.seq_len))
+        sample = islice(_text(recipe, "joined", tokenizer), max(1, ROUTER_TOKENS // recipe.training.seq_len))
         rows = torch.stack([row["input_ids"] for row in sample])
         # through nn.Module, since transformers types its own `to` as without arguments
         torch.nn.Module.to(model, args.device)
@@ -122,21 +122,17 @@ def make_trainer(recipe: TrainingRecipe, *, resume: bool = False, show: bool = T
 def training_arguments(recipe: TrainingRecipe) -> TrainingArguments:
     """The recipe in the words of transformers; this also starts the processes' group, where there are several."""
     training, optimizer = recipe.training, recipe.optimizer
-    accelerated = torch.accelerator.is_available()
     kind, options = _schedule(recipe)
     given = {
-        "report_to": "none",
+        **quiet_arguments(),
         "optim": "adamw_torch",
-        "disable_tqdm": True,
-        "dataloader_pin_memory": accelerated,
-        "use_cpu": not accelerated,
         "prediction_loss_only": True,
         **recipe.arguments,
     }
     checkpointing: dict[str, Any] = {}
     if training.gradient_checkpointing:
         checkpointing = {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": False}}
-    return TrainingArguments(
+    args = TrainingArguments(
         output_dir=training.output,
         max_steps=recipe.steps,
         per_device_train_batch_size=training.rows,
@@ -162,6 +158,7 @@ def training_arguments(recipe: TrainingRecipe) -> TrainingArguments:
         **checkpointing,
         **given,
     )
+    return hold_precision(args)
 
 
 def _schedule(recipe: TrainingRecipe) -> tuple[str, dict[str, Any]]:
@@ -202,7 +199,7 @@ def _model_and_tokenizer(recipe: TrainingRecipe, args: TrainingArguments, resume
     dtype = torch.bfloat16 if recipe.training.precision == "pure_bf16" else torch.float32
     options = {"dtype": dtype} | ({"attn_implementation": part.attention} if part.attention else {})
     if source is not None:
-        return AutoModelForCausalLM.from_pretrained(source, revision=revision, **options), tokenizer
+        return load_complete(source, str(part.source), revision=revision, **options), tokenizer
     config = model_config(recipe)
     for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
         if name not in part.config:
@@ -262,6 +259,19 @@ def _collator(recipe: TrainingRecipe, model: PreTrainedModel, stream: TextStream
     if config.model_type != "jrt" or not config.prefix_length:
         return stream.collate
     return JRTCollator.from_model_config(config, mask_token_id=config.mask_token_id, seed=recipe.training.seed)
+
+
+def _origin(recipe: TrainingRecipe, echoed: TrainingRecipe) -> Origin | None:
+    """Whose terms of use the model inherits."""
+    part = recipe.model
+    if part.source is None:
+        return None
+    if part.conversion is not None:
+        folder = Path(recipe.training.output) / _CONVERTED
+        data = card_data(folder, "base_model", "license", "license_name", "license_link")
+        return Origin(str(echoed.model.source), data.pop("base_model", None), data, folder)
+    found = open_source(part.source, revision=part.revision, allowed=(*ARCHITECTURES, *BACKBONES, *MOE_BACKBONES))
+    return Origin(str(echoed.model.source), found.base_model, found.license, found.folder)
 
 
 def _facts(plan: TrainingPlan, result: TrainingResult) -> dict[str, str]:

@@ -1,0 +1,86 @@
+"""Text that a model writes by itself, and its place among the rows of a training.
+
+What a text does not show, a student forgets first; what its teacher says unasked shows what the teacher knows.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from ..modeling.cache_naming import CACHE
+
+
+@torch.no_grad()
+def sample_rows(
+    model: PreTrainedModel,
+    rows: int,
+    seq_len: int,
+    *,
+    vocab_size: int | None = None,
+    seed: int = 0,
+    batch_size: int = 64,
+) -> torch.Tensor:
+    """Rows drawn from a model's own distribution, each behind a first token that is drawn evenly from the vocabulary.
+
+    So LLM-QAT (arXiv 2305.17888) makes the text for a distillation without data.
+
+    Args:
+        model (`PreTrainedModel`): a causal language model with a cache.
+        rows, seq_len: how many, and tokens of each.
+        vocab_size: first tokens are below it; by default the model's.
+        seed: the same gives the same rows, on the same machine.
+        batch_size: rows that are written side by side.
+
+    Returns:
+        `torch.LongTensor` of shape `(rows, seq_len)`, on the CPU.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    vocab_size = vocab_size or model.config.get_text_config().vocab_size
+    was_training = model.training
+    model.eval()
+    written = []
+    try:
+        for count in (min(batch_size, rows - done) for done in range(0, rows, batch_size)):
+            written.append([torch.randint(vocab_size, (count, 1), generator=generator)])
+            cache = None
+            for _ in range(seq_len - 1):
+                outputs = model(written[-1][-1].to(model.device), use_cache=True, **{CACHE: cache})
+                cache = outputs[CACHE]
+                # by the inverse of the cumulative distribution, which is several times faster than torch.multinomial
+                below = outputs.logits[:, -1].softmax(-1, dtype=torch.float32).cumsum(-1)
+                drawn = torch.rand(count, 1, generator=generator).to(below.device) * below[:, -1:]
+                written[-1].append(torch.searchsorted(below, drawn, right=True).clamp(max=below.shape[1] - 1).cpu())
+    finally:
+        model.train(was_training)
+    return torch.cat([torch.cat(row, dim=1) for row in written]) if rows else torch.empty(0, seq_len, dtype=torch.long)
+
+
+class MixedRows:
+    """A data collator that puts given rows in the place of some, always the same in the place of the same.
+
+    Args:
+        collate: makes the batch.
+        rows (`torch.LongTensor` of shape `(rows, seq_len)`): those to put in.
+        share: of the rows of the training that are exchanged.
+        seed: of the choice.
+    """
+
+    def __init__(self, collate: Callable[[Any], dict[str, torch.Tensor]], rows: torch.Tensor, share: float, seed: int):
+        self.collate, self.rows, self.share, self.seed = collate, rows, share, seed
+
+    def __call__(self, rows: Any) -> dict[str, torch.Tensor]:
+        batch = self.collate(rows)
+        for number, total in enumerate(batch["input_ids"].sum(dim=1).tolist()):
+            # by the row alone: so it comes out alike after a resume, and in whatever batches processes have
+            draw = random.Random(f"{self.seed} {total}")
+            if draw.random() < self.share:
+                row = draw.choice(self.rows)
+                batch["input_ids"][number] = batch["labels"][number] = row
+                if "position_ids" in batch:
+                    batch["position_ids"][number] = torch.arange(len(row))
+        return batch
