@@ -39,6 +39,7 @@ from transformers import (
     PreTrainedTokenizerFast,
     Trainer,
     TrainingArguments,
+    default_data_collator,
 )
 from transformers.trainer_utils import get_last_checkpoint
 from transformers.utils import logging
@@ -48,7 +49,9 @@ from varidepth.configuration.configuration_mor import SHARINGS
 from varidepth.training.distillation import DistillationTrainer
 from varidepth.training.fitted_start import fit_shared_layers
 from varidepth.training.healing import HealingTrainer
+from varidepth.training.healing_run import HealingSettings
 from varidepth.training.progressive_sharing import ProgressiveSharing, load_shared
+from varidepth.training.sampled_rows import MixedRows, sample_rows
 from varidepth.training.text_blocks import TokenBlocks, load_documents, split_documents, token_blocks
 
 
@@ -73,6 +76,20 @@ def healing(model: PreTrainedModel, teacher: PreTrainedModel, rows: TokenBlocks,
     return trained(HealingTrainer(model, args, train_dataset=rows, teacher=teacher, hidden_states="all"))
 
 
+def heal_defaults(model: PreTrainedModel, teacher: PreTrainedModel, rows: TokenBlocks, args: TrainingArguments) -> Any:
+    """As `varidepth heal` does it: some rows are the source's own, which cost no text."""
+    settings, length = HealingSettings(tokens=1), rows.blocks.shape[1]
+    sampled = sample_rows(teacher, settings.sampled_tokens // length, length, seed=args.seed)
+    shown = rows.blocks[: FIT_TOKENS // length]
+    fit_shared_layers(model, teacher, torch.cat([shown, sampled]).split(8))
+    trainer = HealingTrainer(
+        model, args, train_dataset=rows, teacher=teacher, hidden_states=settings.hidden_states,
+        hidden_weight=settings.hidden_weight,
+        data_collator=MixedRows(default_data_collator, sampled, settings.sampled_rows, args.seed),
+    )  # fmt: skip
+    return trained(trainer)
+
+
 def progressive(model: PreTrainedModel, teacher: PreTrainedModel, rows: TokenBlocks, args: TrainingArguments) -> Any:
     trainer = DistillationTrainer(
         copy.deepcopy(teacher).requires_grad_(True), args, train_dataset=rows, teacher=teacher
@@ -90,6 +107,7 @@ METHODS: dict[str, Method] = {
     ),
     "states": healing,
     "fitted": fitted,
+    "heal": heal_defaults,
     # begins with the source, whatever the initialisation of the cut
     "progressive": progressive,
 }
