@@ -4,7 +4,7 @@ from ..configuration.configuration_jrt import JRTConfig
 from ..modeling import prefix_linear_attention, window_blocks
 from ..modeling.feature_maps import TaylorMap, find_feature_map
 from ..modeling.prefix_linear_attention import CHUNK_SIZE
-from .cost import FlopCount, ParameterCount
+from .counts import FlopCount, ParameterCount
 
 
 def jrt_parameters(config: JRTConfig) -> ParameterCount:

@@ -32,7 +32,8 @@ from interleaved import (
 )
 
 from varidepth import MoDConfig, MoDForCausalLM
-from varidepth.analysis.cost import FlopCount, RowRouting, forward_flops, full_routing
+from varidepth.analysis.cost import RowRouting, forward_flops, full_routing
+from varidepth.analysis.counts import FlopCount
 from varidepth.analysis.routing_statistics import measured_routing
 from varidepth.modeling.cache_naming import CACHE
 

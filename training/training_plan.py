@@ -9,7 +9,8 @@ from typing import Any
 from transformers import AutoConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from ..analysis.cost import ParameterCount, count_parameters
+from ..analysis.cost import count_parameters
+from ..analysis.counts import ParameterCount
 from ..analysis.training_cost import TrainingMemory, run_flops, training_memory
 from ..configuration.backbone_config import BACKBONES, MOE_BACKBONES
 from ..configuration.config_basics import check_choice
