@@ -111,6 +111,9 @@ def _shareable(mask: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor | 
     """The mask of one row, additive: of a boolean one each call would keep a copy like this for the backward pass."""
     if mask is None or mask.dtype != torch.bool:
         return mask
+    if torch.is_autocast_enabled(mask.device.type):
+        # in the type of queries and keys, or each call would cast it and keep that copy
+        dtype = torch.get_autocast_dtype(mask.device.type)
     return torch.zeros(mask[:1].shape, dtype=dtype, device=mask.device).masked_fill_(~mask[:1], float("-inf"))
 
 

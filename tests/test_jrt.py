@@ -380,6 +380,23 @@ def test_blocks_and_layers_share_their_masks(monkeypatch):
     assert len(made) == 3 + 2 * 6
 
 
+@pytest.mark.parametrize("bf16", [False, True])
+def test_shared_masks_are_of_the_type_in_which_attention_computes(bf16, monkeypatch):
+    """Under autocast, too, which would cast them in every call and keep the copies for the backward pass."""
+    model = tiny_jrt(layer_types=["sliding_attention"] * 2, num_hidden_layers=2, prefix_length=0).train()
+    monkeypatch.setattr(window_blocks, "BLOCK_TOKENS", 8)
+    seen, attend = set(), torch.nn.functional.scaled_dot_product_attention
+
+    def look(query, key, value, attn_mask=None, **kwargs):
+        seen.add(attn_mask.dtype)
+        return attend(query, key, value, attn_mask=attn_mask, **kwargs)
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", look)
+    with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+        model(tokens(2, 44), use_cache=False)
+    assert seen == {torch.bfloat16 if bf16 else torch.float32}
+
+
 @torch.enable_grad()
 def test_convolutions_keep_no_more_than_values_and_gates():
     model, ids = tiny_jrt(layer_types=["conv"] * 2, num_hidden_layers=2, prefix_length=0).train(), tokens(2, 30)
