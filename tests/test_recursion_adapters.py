@@ -20,6 +20,7 @@ from varidepth.configuration.backbone_config import BACKBONES
 from varidepth.conversion.errors import ConversionError
 from varidepth.conversion.inspection import describe, report
 from varidepth.conversion.unroll import unroll
+from varidepth.modeling.module_mixins import mix_in
 from varidepth.modeling.recursion_parameters import RecursionAdapter
 
 
@@ -172,8 +173,26 @@ def test_a_norm_recomputed_without_its_layer_is_refused():
     norm = model.model.layers[1].input_layernorm
     with pytest.raises(RuntimeError, match="checkpoint and compile whole decoder layers"):
         norm(torch.ones(1, 2, model.config.hidden_size))
-    # a kernel that would take the place of the whole forward pass finds no name to go by
-    assert norm.kernel_layer_name is None and model.model.norm.kernel_layer_name == "RMSNorm"
+
+
+def test_a_kernel_does_not_replace_what_is_mixed_in():
+    """`use_kernels` exchanges the forward pass of every module whose class names a kernel."""
+
+    class Norm(torch.nn.Module):
+        kernel_layer_name = "RMSNorm"
+
+    class Doubling:
+        def forward(self, x):
+            return 2 * x
+
+    class Marked:
+        pass
+
+    for mixin, name in ((Doubling, None), (Marked, "RMSNorm")):
+        norm = Norm()
+        mix_in(norm, mixin)
+        assert type(norm).kernel_layer_name == name
+    assert not hasattr(torch.nn.Linear, "kernel_layer_name")
 
 
 def test_all_layers_are_of_the_class_by_which_engines_wrap():

@@ -169,7 +169,7 @@ def test_an_incomplete_source_is_refused(tmp_path, capsys):
 def test_an_interrupted_run_says_how_to_go_on(tmp_path, capsys, monkeypatch):
     recipe = str(write_recipe(tmp_path))
 
-    def stop(*_):
+    def stop(*_, **__):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(TrainingProgress, "on_step_end", stop)
@@ -202,8 +202,8 @@ def test_what_does_not_fit_is_said_before_training(tmp_path, capsys, change, mes
 @pytest.mark.parametrize(
     "changes",
     [
-        ["schedule.kind=cosine", "schedule.decay=null", "training.gradient_checkpointing=true"],
-        ["schedule.kind=constant", "schedule.decay=null", "training.eval_steps=2"],
+        ["schedule.kind=cosine", "training.gradient_checkpointing=true"],
+        ["schedule.kind=constant", "training.eval_steps=2"],
         ["training.precision=bf16", "training.log_routing=false"],
         ["training.precision=pure_bf16", "model.attention=eager"],
         ["arguments.torch_empty_cache_steps=3"],
