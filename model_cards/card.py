@@ -41,12 +41,12 @@ def write_card(
     """
     base_model = recipe.base_model or source.base_model
     kind = _KINDS[config.model_type](config, recipe, plan)
-    text = _fill(
+    text = fill_card(
         "converted_card.md",
         unmeasured=UNMEASURED,
         title=folder_title(source.name, kind.suffix),
         architecture=kind.name,
-        source_link=_link(base_model, source.name),
+        source_link=link_to(base_model, source.name),
         description=kind.description,
         state=kind.state,
         limits=kind.limits,
@@ -55,7 +55,7 @@ def write_card(
         recipe=recipe.to_yaml(),
     )
     family = [config.backbone] if isinstance(config, RoutedConfig) else []
-    _save(folder, text, base_model, source.license, ["custom_code", "varidepth", kind.tag, *family])
+    save_card(folder, text, base_model, source.license, ["custom_code", "varidepth", kind.tag, *family])
 
 
 @dataclass(frozen=True)
@@ -194,15 +194,15 @@ def _shares(config: Any) -> str:
 def write_unrolled_card(folder: Path, source: "SourceCheckpoint", config: PreTrainedConfig) -> None:
     """Writes the README.md of an unrolled checkpoint; `config` is the vanilla one."""
     repeated = getattr(source.config, "num_recursions", 1) > 1
-    text = _fill(
+    text = fill_card(
         "unrolled_card.md",
         unmeasured=UNMEASURED,
         title=folder_title(source.name, "unrolled"),
-        source_link=_link(source.base_model, source.name),
+        source_link=link_to(source.base_model, source.name),
         backbone=config.model_type,
         description=f"{config.num_hidden_layers} layers{', of which the repeated ones are copies' * repeated}.",
     )
-    _save(folder, text, source.base_model, source.license, ["varidepth", config.model_type])
+    save_card(folder, text, source.base_model, source.license, ["varidepth", config.model_type])
 
 
 def folder_title(source: str, suffix: str) -> str:
@@ -210,18 +210,21 @@ def folder_title(source: str, suffix: str) -> str:
     return f"{source.rsplit('/', 1)[-1].removesuffix('.gguf')}-{suffix}"
 
 
-def _link(base_model: str | None, name: str) -> str:
+def link_to(base_model: str | None, name: str) -> str:
+    """A link to a model on the Hub, or the name of one that is not there."""
     return f"[{base_model}](https://huggingface.co/{base_model})" if base_model else f"`{name}`"
 
 
-def _fill(template: str, **values: str) -> str:
+def fill_card(template: str, **values: str) -> str:
+    """The text of a template of this folder."""
     from varidepth import __version__
 
     text = (files(__package__) / template).read_text(encoding="utf-8")
     return Template(text).substitute(version=__version__, **values)
 
 
-def _save(folder: Path, text: str, base_model: str | None, license_: dict[str, str], tags: list[str]) -> None:
+def save_card(folder: Path, text: str, base_model: str | None, license_: dict[str, str], tags: list[str]) -> None:
+    """Writes README.md with metadata for the Hub."""
     data = ModelCardData(
         base_model=base_model,
         library_name="transformers",

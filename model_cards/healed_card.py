@@ -3,7 +3,7 @@
 import re
 from pathlib import Path
 
-from .card import UNMEASURED, _fill
+from .card import UNMEASURED, fill_card
 
 
 def add_healing(folder: Path, trained: str, settings: str, calibration: str | None) -> None:
@@ -18,7 +18,7 @@ def add_healing(folder: Path, trained: str, settings: str, calibration: str | No
     path = folder / "README.md"
     card = path.read_text("utf-8") if path.is_file() else f"# {folder.name}\n"
     table = f"\n```\n{calibration}\n```\n" if calibration else ""
-    section = _fill("healed_section.md", trained=trained, settings=settings, calibration=table)
+    section = fill_card("healed_section.md", trained=trained, settings=settings, calibration=table)
     before, references, after = card.partition("\n## References")
     # with what the conversion says of its state, which healing has changed
     unmeasured = re.compile(re.escape(UNMEASURED) + r"[^\n]*(\n[^\n]+)*")

@@ -8,7 +8,7 @@ from pathlib import Path
 from transformers.configuration_utils import PreTrainedConfig
 
 from ..conversion.checkpoint_files import term_files
-from .card import _fill, _link, _save
+from .card import fill_card, link_to, save_card
 
 
 _NAMES = {
@@ -54,11 +54,11 @@ def write_trained_card(
     ours = config.model_type in _NAMES
     name, tag = _NAMES.get(config.model_type, (f"{config.model_type} language model", config.model_type))
     rows = [f"| {key} | {value} |" for key, value in facts.items()]
-    text = _fill(
+    text = fill_card(
         "trained_card.md",
         title=folder.resolve().name,
         architecture=name,
-        origin=f", from {_link(origin.base_model, origin.name)} on" if origin else "",
+        origin=f", from {link_to(origin.base_model, origin.name)} on" if origin else "",
         facts="\n".join(["| | |", "|---|---|", *rows]),
         options=", trust_remote_code=True" if ours else "",
         code=_REMOTE_CODE if ours else "",
@@ -69,4 +69,4 @@ def write_trained_card(
         for path in term_files(origin.folder):
             shutil.copyfile(path, folder / path.name)
     tags = ["custom_code", "varidepth", tag] if ours else ["varidepth"]
-    _save(folder, text, origin.base_model if origin else None, dict(origin.license) if origin else {}, tags)
+    save_card(folder, text, origin.base_model if origin else None, dict(origin.license) if origin else {}, tags)

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
-from accelerate.utils import broadcast, broadcast_object_list
+from accelerate.utils import broadcast
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -21,6 +21,7 @@ from .distillation import DistillationTrainer, innermost
 from .hidden_matching import hidden_distance, matched_states
 from .importance_start import start_by_importance, why_not_started_by_importance
 from .router_start import start_routers, why_not_started
+from .run_setup import of_first_process
 from .schedules import Ramp, Schedule
 from .training_checkpoints import KeptCallback
 
@@ -214,7 +215,7 @@ class CapacityAnnealing(KeptCallback):
         routers = list(model.model.routers.parameters())
         # every process has measured it for itself, in arithmetic that need not round alike
         broadcast([p.data for p in routers])
-        self.wanted = broadcast_object_list([list(model.config.capacities)])[0]
+        self.wanted = of_first_process(list(model.config.capacities), self.trainer.args)
         if isinstance(self.trainer, HealingTrainer):
             self.trainer.renew_rates(routers)
 
