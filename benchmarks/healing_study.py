@@ -39,7 +39,6 @@ from transformers import (
     PreTrainedTokenizerFast,
     Trainer,
     TrainingArguments,
-    default_data_collator,
 )
 from transformers.trainer_utils import get_last_checkpoint
 from transformers.utils import logging
@@ -51,7 +50,7 @@ from varidepth.training.fitted_start import fit_shared_layers
 from varidepth.training.healing import HealingTrainer
 from varidepth.training.healing_run import HealingSettings
 from varidepth.training.progressive_sharing import ProgressiveSharing, load_shared
-from varidepth.training.sampled_rows import MixedRows, sample_rows
+from varidepth.training.sampled_rows import sample_rows
 from varidepth.training.text_blocks import TokenBlocks, load_documents, split_documents, token_blocks
 
 
@@ -82,10 +81,13 @@ def heal_defaults(model: PreTrainedModel, teacher: PreTrainedModel, rows: TokenB
     sampled = sample_rows(teacher, settings.sampled_tokens // length, length, seed=args.seed)
     shown = rows.blocks[: FIT_TOKENS // length]
     fit_shared_layers(model, teacher, torch.cat([shown, sampled]).split(8))
+    generator = torch.Generator().manual_seed(args.seed)
+    chosen = torch.rand(len(rows.blocks), 1, generator=generator) < settings.sampled_rows
+    drawn = sampled[torch.randint(len(sampled), (len(rows.blocks),), generator=generator)]
+    mixed = TokenBlocks(torch.where(chosen, drawn.to(rows.blocks.dtype), rows.blocks))
     trainer = HealingTrainer(
-        model, args, train_dataset=rows, teacher=teacher, hidden_states=settings.hidden_states,
+        model, args, train_dataset=mixed, teacher=teacher, hidden_states=settings.hidden_states,
         hidden_weight=settings.hidden_weight,
-        data_collator=MixedRows(default_data_collator, sampled, settings.sampled_rows, args.seed),
     )  # fmt: skip
     return trained(trainer)
 

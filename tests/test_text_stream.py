@@ -209,6 +209,32 @@ def test_memory_does_not_grow_with_the_text(tmp_path):
     assert peak(10) < 1.3 * peak(2)
 
 
+def test_other_rows_are_mixed_in_by_their_number():
+    given = torch.arange(32).repeat(3, 1) + torch.tensor([[0], [1], [2]])
+
+    def mixed(share=0.5, **options):
+        stream = make(DOCUMENTS[:12], epochs=2, shuffle_buffer=8, seed=2, **options)
+        stream.mix_in(given, share)
+        return stream
+
+    plain, rows = list(make(DOCUMENTS[:12], epochs=2, shuffle_buffer=8, seed=2)), list(mixed())
+    new = [any(torch.equal(row["input_ids"], g) for g in given) for row in rows]
+    assert 0.3 < sum(new) / len(new) < 0.7 and len(plain) == len(rows)
+    # each epoch leaves out others, so that a text which is read again shows all of itself
+    assert new[: len(new) // 2] != new[len(new) // 2 : 2 * (len(new) // 2)]
+    for row, old, exchanged in zip(rows, plain, new, strict=True):
+        if exchanged:
+            assert torch.equal(row["labels"], row["input_ids"]) and row["input_ids"].dtype == torch.long
+            assert torch.equal(row["position_ids"], torch.arange(32))
+        else:
+            assert all(torch.equal(value, old[name]) for name, value in row.items())
+    resumed, first = mixed(), mixed()
+    list(itertools.islice(first, 11))
+    resumed.load_state_dict(first.state_dict(11))
+    assert ids_of(resumed) == ids_of(rows)[11:]
+    assert ids_of(mixed(share=0.0)) == ids_of(plain)
+
+
 def test_workers_are_refused_and_batches_collated():
     stream = make(DOCUMENTS)
     with pytest.raises(ValueError, match="dataloader_num_workers"):

@@ -30,7 +30,7 @@ from .run_setup import (
     refuse_sharding,
     world_size,
 )
-from .sampled_rows import MixedRows, sample_rows
+from .sampled_rows import sample_rows
 from .schedules import Schedule
 from .text_stream import StreamCallback, TextStream
 from .time_limit import TimeLimitCallback
@@ -199,6 +199,8 @@ def heal(
         vocab_size=min(len(tokenizer), model.config.vocab_size),
         seed=settings.seed,
     )
+    if len(sampled):
+        stream.mix_in(sampled, settings.sampled_rows)
     fitted: list[FittedLayer] = []
     if newest is None and settings.start != "as_converted" and not_fitted is None:
         shown = rows[: math.ceil(settings.fit_tokens / settings.seq_len)]
@@ -207,7 +209,7 @@ def heal(
     routed = getattr(model.config, "routing", None) == "expert_choice" and min(model.config.capacities) < 1
     not_started = why_not_annealed(model.config) if routed else None
     with _frozen(model, settings):
-        trainer = _make_trainer(model, source, stream, sampled, settings, args, callbacks, show)
+        trainer = _make_trainer(model, source, stream, settings, args, callbacks, show)
         annealing = None
         if routed and not_started is None:
             annealing = CapacityAnnealing(router_rows, begin=settings.routing_begin, end=settings.routing_end)
@@ -251,7 +253,6 @@ def _make_trainer(
     model: PreTrainedModel,
     source: PreTrainedModel,
     stream: TextStream,
-    sampled: torch.Tensor,
     settings: HealingSettings,
     args: TrainingArguments,
     callbacks: Sequence[Any],
@@ -271,8 +272,6 @@ def _make_trainer(
         args=args,
     )
     StreamCallback(stream).attach(trainer)
-    if len(sampled) and settings.sampled_rows:
-        trainer.data_collator = MixedRows(trainer.data_collator, sampled, settings.sampled_rows, settings.seed)
     tokens_per_step = settings.tokens_per_step * args.world_size
     if limit is None:
         TrainingProgress(tokens_per_step, show=show).attach(trainer)

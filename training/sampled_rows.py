@@ -1,13 +1,9 @@
-"""Text that a model writes by itself, and its place among the rows of a training.
+"""Text that a model writes by itself.
 
 What a text does not show, a student forgets first; what its teacher says unasked shows what the teacher knows.
 """
 
 from __future__ import annotations
-
-import random
-from collections.abc import Callable
-from typing import Any
 
 import torch
 from transformers import PreTrainedModel
@@ -58,29 +54,3 @@ def sample_rows(
     finally:
         model.train(was_training)
     return torch.cat([torch.cat(row, dim=1) for row in written]) if rows else torch.empty(0, seq_len, dtype=torch.long)
-
-
-class MixedRows:
-    """A data collator that puts given rows in the place of some, always the same in the place of the same.
-
-    Args:
-        collate: makes the batch.
-        rows (`torch.LongTensor` of shape `(rows, seq_len)`): those to put in.
-        share: of the rows of the training that are exchanged.
-        seed: of the choice.
-    """
-
-    def __init__(self, collate: Callable[[Any], dict[str, torch.Tensor]], rows: torch.Tensor, share: float, seed: int):
-        self.collate, self.rows, self.share, self.seed = collate, rows, share, seed
-
-    def __call__(self, rows: Any) -> dict[str, torch.Tensor]:
-        batch = self.collate(rows)
-        for number, total in enumerate(batch["input_ids"].sum(dim=1).tolist()):
-            # by the row alone: so it comes out alike after a resume, and in whatever batches processes have
-            draw = random.Random(f"{self.seed} {total}")
-            if draw.random() < self.share:
-                row = draw.choice(self.rows)
-                batch["input_ids"][number] = batch["labels"][number] = row
-                if "position_ids" in batch:
-                    batch["position_ids"][number] = torch.arange(len(row))
-        return batch

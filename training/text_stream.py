@@ -99,6 +99,16 @@ class TextStream(IterableDataset):
         self._loaded: dict[str, Any] | None = None
         self._windows: deque[_Mark] = deque(maxlen=_REMEMBERED)
         self._given = 0
+        self._mixed: tuple[torch.Tensor, float] | None = None
+
+    def mix_in(self, rows: torch.Tensor, share: float) -> None:
+        """Gives other rows in the place of a share of its own, chosen by their number: each epoch leaves out others.
+
+        Args:
+            rows (`torch.LongTensor` of shape `(rows, seq_len)`): each a document of its own.
+            share: 0 to 1.
+        """
+        self._mixed = rows.int(), share
 
     def __iter__(self) -> Iterator[dict[str, torch.Tensor]]:
         if get_worker_info() is not None:
@@ -124,12 +134,20 @@ class TextStream(IterableDataset):
                 following = _Mark(mark.first + len(rows), mark.window + 1, reader.state_dict())
                 window = thread.submit(self._read, reader, following.window)
                 for row in islice(rows, place, None):
+                    row = self._mixed_row(self._given) or row
                     self._given += 1
                     yield row.tensors(self.packing)
                 self._windows.append(following)
                 place = 0
         finally:
             thread.shutdown(wait=False)
+
+    def _mixed_row(self, number: int) -> _Row | None:
+        if self._mixed is None:
+            return None
+        rows, share = self._mixed
+        draw = random.Random(f"{self.seed} mixed {number}")
+        return _Row(draw.choice(rows), []) if draw.random() < share else None
 
     def _read(self, reader: _RowReader, window: int) -> list[_Row]:
         """The rows of a window, none at the end; one that reaches the end of an epoch is shorter."""
