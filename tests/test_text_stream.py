@@ -16,6 +16,7 @@ from torch.utils.data import DataLoader
 from transformers import DataCollatorWithPadding, Trainer, TrainerCallback, TrainingArguments
 
 from varidepth import JRTConfig, JRTForCausalLM, MoRConfig, MoRForCausalLM
+from varidepth.training import text_source
 from varidepth.training.jrt_collator import JRTCollator
 from varidepth.training.text_blocks import load_documents
 from varidepth.training.text_source import open_source
@@ -177,6 +178,20 @@ def test_files_are_read_by_turns_in_proportion_to_their_size(tmp_path):
     source = open_source(tmp_path)
     kinds = [piece.text.split()[0] for piece in source.pieces()]
     assert kinds == sorted(kinds)
+
+
+def test_turns_go_on_behind_any_piece(tmp_path, monkeypatch):
+    monkeypatch.setattr(text_source, "_TURN", 400)
+    for name, count in (("a", 30), ("b", 12), ("c", 5)):
+        write_jsonl(tmp_path / f"{name}.jsonl", [f"{name}{i} " * 40 for i in range(count)])
+    whole = list(open_source(tmp_path, seed=4).pieces())
+    names = [piece.text[0] for piece in whole]
+    assert len(set(whole)) == len(whole) == 47 and sum(a != b for a, b in itertools.pairwise(names)) > 10
+    for count in range(len(whole)):
+        source, other = open_source(tmp_path, seed=4), open_source(tmp_path, seed=4)
+        taken = list(itertools.islice(source.pieces(), count))
+        other.begin(0, json.loads(json.dumps(source.state_dict())))
+        assert taken + list(other.pieces()) == whole
 
 
 def test_config_and_split_of_a_dataset(sources, monkeypatch):
