@@ -102,8 +102,8 @@ class _Factors:
 def _truncated_svd(matrix: torch.Tensor, rank: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """The largest `rank` singular values in descending order, with left and right vectors.
 
-    By the eigenvectors of the smaller product of the matrix with itself, in fp64: several times faster than a
-    decomposition of the whole, and exact for the values that a low rank keeps.
+    By the eigenvectors of the smaller product of the matrix with itself, in fp64: faster than a decomposition of the
+    whole, and exact for the values that a low rank keeps.
     """
     wide = matrix.double()
     tall = len(wide) >= wide.shape[1]

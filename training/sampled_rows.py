@@ -47,7 +47,7 @@ def sample_rows(
             for _ in range(seq_len - 1):
                 outputs = model(written[-1][-1].to(model.device), use_cache=True, **{CACHE: cache})
                 cache = outputs[CACHE]
-                # by the inverse of the cumulative distribution, which is several times faster than torch.multinomial
+                # by the inverse of the cumulative distribution: torch.multinomial took a fifth of the time of a step
                 below = outputs.logits[:, -1].softmax(-1, dtype=torch.float32).cumsum(-1)
                 drawn = torch.rand(count, 1, generator=generator).to(below.device) * below[:, -1:]
                 written[-1].append(torch.searchsorted(below, drawn, right=True).clamp(max=below.shape[1] - 1).cpu())
