@@ -109,10 +109,15 @@ METHODS: dict[str, Method] = {
     ),
     "states": healing,
     "fitted": fitted,
+    # recursions that differ; their differences are fitted too
+    "relaxed": fitted,
     "heal": heal_defaults,
     # begins with the source, whatever the initialisation of the cut
     "progressive": progressive,
 }
+
+# fields of the conversion
+CUTS: dict[str, dict[str, Any]] = {"relaxed": {"recursion_rank": 16}}
 
 TUNING_SEED, TUNING_CELL = 1000, ("middle_cycle", "stepwise")
 FIRST_RATE, MOST_RATES = 1.6e-3, 7
@@ -305,28 +310,30 @@ def run_cell(study: Study, ledger: Ledger, sharing: str, init: str, method: str,
     """Cuts, measures, heals and measures."""
     rate = learning_rate_of(study, ledger, method)
     started = time.process_time()
-    cut, healed = heal(study, sharing, init, method, seed, rate, study.held_out)
+    measured = heal(study, sharing, init, method, seed, rate, study.held_out)
     seconds = time.process_time() - started
     ledger.add(
-        f"{sharing}/{init}/{method}/{seed}", cut=cut, healed=healed, learning_rate=rate, tokens=study.tokens,
-        cpu_seconds=seconds,
-    )  # fmt: skip
+        f"{sharing}/{init}/{method}/{seed}", **measured, learning_rate=rate, tokens=study.tokens, cpu_seconds=seconds
+    )
 
 
 def heal(
     study: Study, sharing: str, init: str, method: str, seed: int, learning_rate: float, held_out: torch.Tensor
-) -> tuple[float, float]:
-    """Held-out loss of the conversion before and after, nats per token."""
-    folder = study.work / "cuts" / f"{sharing}-{init}"
+) -> dict[str, float]:
+    """Held-out loss of the conversion before and after, nats per token, and how many parameters it has."""
+    fields = CUTS.get(method, {})
+    folder = study.work / "cuts" / "-".join([sharing, init, *fields])
     if not folder.exists():
-        convert(study.source, folder, num_recursions=2, sharing=sharing, init=init, routing="none", quiet=True)
+        convert(
+            study.source, folder, num_recursions=2, sharing=sharing, init=init, routing="none", quiet=True, **fields
+        )
     model = AutoModelForCausalLM.from_pretrained(folder)
-    cut = loss_of(model, held_out)
+    measured = {"cut": loss_of(model, held_out), "parameters": model.num_parameters()}
     picked = torch.randperm(len(study.train), generator=torch.Generator().manual_seed(seed))
     rows = TokenBlocks(study.train[picked[: study.steps * study.batch]])
     plan = training_arguments(study.work / "healing", study.steps, study.batch, learning_rate, seed)
     torch.manual_seed(seed)
-    return cut, loss_of(METHODS[method](model, study.teacher, rows, plan), held_out)
+    return {**measured, "healed": loss_of(METHODS[method](model, study.teacher, rows, plan), held_out)}
 
 
 def learning_rate_of(study: Study, ledger: Ledger, method: str) -> float:
@@ -336,7 +343,7 @@ def learning_rate_of(study: Study, ledger: Ledger, method: str) -> float:
         name = f"tuning/{method}/{rate:.3g}"
         known = ledger.read().get(name)
         if known is None:
-            _, healed = heal(study, *TUNING_CELL, method, TUNING_SEED, rate, study.tuning)
+            healed = heal(study, *TUNING_CELL, method, TUNING_SEED, rate, study.tuning)["healed"]
             known = ledger.add(name, healed=healed)
         return known["healed"]
 
@@ -379,14 +386,16 @@ def report(study: Study, measured: dict[str, dict[str, Any]]) -> list[str]:
         "and their order. Learning rates were chosen once per method, on another seed and other held-out text, for "
         f"{' with '.join(TUNING_CELL)}.",
         "",
-        "| sharing | start | method | learning rate | seeds | cut | healed | recovered, % | nats per 1000 tokens |",
-        "|---|---|---|---|---|---|---|---|---|",
+        "| sharing | start | method | parameters, M | learning rate | seeds | cut | healed | recovered, % | nats per "
+        "1000 tokens |",
+        "|---|---|---|---|---|---|---|---|---|---|",
     ]
     for row in sorted(by_row, key=lambda row: (SHARINGS.index(row[0]), mean_of(by_row[row], "healed"))):
         cells = [by_row[row][seed] for seed in sorted(by_row[row])]
         gained = [cell["cut"] - cell["healed"] for cell in cells]
         shares = [100 * gain / (cell["cut"] - source) for gain, cell in zip(gained, cells, strict=True)]
         figures = [
+            f"{cells[0]['parameters'] / 1e6:.2f}",
             f"{cells[0]['learning_rate']:.2g}",
             " ".join(map(str, sorted(by_row[row]))),
             f"{cells[0]['cut']:.4f}",

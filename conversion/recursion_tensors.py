@@ -6,6 +6,7 @@ Bae et al., arXiv 2410.20672), and its norms as that layer's.
 """
 
 import re
+import zlib
 from collections.abc import Iterator, Sequence
 
 import torch
@@ -49,7 +50,7 @@ def relaxed_tensors(
             stem = linear.removeprefix(f"model.layers.{match[1]}.")
             if matrix not in factors:
                 sources = [f"model.layers.{i}.{stem}.weight" for i in replaced]
-                factors[matrix] = _Factors(weights, targets[matrix], sources, config.recursion_rank)
+                factors[matrix] = _Factors(weights, targets[matrix], sources, config)
             if adapter[3] == "bias":
                 sources = [f"model.layers.{i}.{stem}.bias" for i in replaced]
                 targets[name] = _bias_differences(name, weights, targets[f"{linear}.bias"], sources)
@@ -73,12 +74,13 @@ def _only_at_first(part: str, config: MoRConfig) -> bool:
 class _Factors:
     """Truncated SVDs of the differences of one matrix, one for each recursion; made when the first part is written.
 
-    Both factors get the square roots of the singular values, so that steps of one size move both alike.
+    Both factors get the square roots of the singular values, so that steps of one size move both alike. Where there is
+    no difference to take, the first factor is drawn instead: two factors of zeros would have no gradient.
     """
 
-    def __init__(self, weights: TensorSource, shared: TargetTensor, sources: list[str], rank: int):
+    def __init__(self, weights: TensorSource, shared: TargetTensor, sources: list[str], config: MoRConfig):
         self._weights, self._shared, self._sources = weights, shared, sources
-        self._rank = min(rank, *shared.shape)
+        self._rank, self._std = min(config.recursion_rank, *shared.shape), config.initializer_range
         self._made: dict[str, torch.Tensor] = {}
 
     def target(self, name: str, factor: str) -> TargetTensor:
@@ -90,11 +92,13 @@ class _Factors:
     def _take(self, factor: str) -> torch.Tensor:
         if not self._made:
             downs, ups = [], []
+            generator = torch.Generator().manual_seed(zlib.crc32(self._shared.name.encode()))
             for difference in _differences(self._weights, self._shared, self._sources):
                 left, values, right = _truncated_svd(difference, self._rank)
                 roots = values.sqrt()
                 ups.append(left * roots)
-                downs.append(roots[:, None] * right)
+                drawn = self._std * torch.randn(right.shape, generator=generator, dtype=right.dtype)
+                downs.append(torch.where(values[:, None] > 0, roots[:, None] * right, drawn))
             self._made = {"down": torch.stack(downs), "up": torch.stack(ups)}
         return self._made.pop(factor)
 

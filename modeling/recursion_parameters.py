@@ -7,7 +7,8 @@ of a linear layer, or merges into it, is about the shared matrix alone.
 """
 
 import copy
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -147,12 +148,25 @@ class _DeeperNorm(_Varying):
 
 class _RecursiveLayer:
     def forward(self, hidden_states: torch.Tensor, *args: Any, recursion: int = 0, **kwargs: Any) -> torch.Tensor:
-        # looked for in every call: PEFT may have wrapped or copied a part
-        parts = [part for part in self.modules() if isinstance(part, _Varying)]
-        for part in parts:
-            part.recursion = recursion
+        _tell_parts(self, recursion)
         try:
             return super().forward(hidden_states, *args, **kwargs)
         finally:
-            for part in parts:
-                part.recursion = None
+            _tell_parts(self, None)
+
+
+@contextmanager
+def at_recursion(layer: nn.Module, recursion: int) -> Iterator[None]:
+    """Within it, parts of a decoder layer that are called one by one compute what they do at this recursion."""
+    _tell_parts(layer, recursion)
+    try:
+        yield
+    finally:
+        _tell_parts(layer, None)
+
+
+def _tell_parts(layer: nn.Module, recursion: int | None) -> None:
+    # looked for every time: PEFT may have wrapped or copied a part
+    for part in layer.modules():
+        if isinstance(part, _Varying):
+            part.recursion = recursion

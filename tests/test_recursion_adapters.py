@@ -71,6 +71,21 @@ def test_each_recursion_starts_as_the_layer_in_whose_place_it_is(tmp_path, field
     assert difference(load(source), load(tmp_path / "mor")) < 1e-5
 
 
+def test_a_recursion_without_a_difference_can_learn_one(tmp_path):
+    """The layer that became the shared one differs from it in nothing; its factors must not both be 0."""
+    source = save_pico(tmp_path / "source", tokenizer=False)
+    convert(source, tmp_path / "mor", num_recursions=2, init="upper", recursion_rank=2, routing="none", quiet=True)
+    model = load(tmp_path / "mor")
+    model(some_ids(), labels=some_ids()).loss.backward()
+    adapters = {name: p for name, p in model.named_parameters() if "recursion_adapter" in name}
+    for name, parameter in adapters.items():
+        if name.endswith("_up"):
+            same = [not p.any() for p in parameter]
+            assert sum(same) == 1 and all(bool(p.any()) for p in parameter.grad), name
+            down = adapters[name.removesuffix("up") + "down"]
+            assert float(down[same.index(True)].std()) == pytest.approx(model.config.initializer_range, rel=0.5)
+
+
 def test_dropped_layers_are_approximated_by_nothing(tmp_path):
     source = save_pico(tmp_path / "source", layers=9, tokenizer=False)
     fields = {"num_recursions": 2, "drop_layers": True, "recursion_rank": 64, "recursion_norms": True}

@@ -3,26 +3,37 @@
 A shared layer has to act like several layers of its source. It is made of their parts: of all their attention heads
 and MLP neurons it gets those that move the stream most. Then the matrices that write to the stream are solved for,
 layer by layer from the first to the last, so that at each of its applications the layer brings the student's own
-stream, with the errors of the layers before, to where the source's stream is (ridge regression, no gradient).
+stream, with the errors of the layers before, to where the source's stream is (ridge regression, no gradient). Where
+each recursion has low-rank differences of its own, these are solved for in the same way (`fitted_differences`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
-from functools import partial
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from .fitted_differences import fit_differences, without_differences
+from .source_streams import (
+    Batches,
+    Layer,
+    SourceStreams,
+    add_ridge,
+    attention_features,
+    mlp_features,
+    normal_equations,
+    read_streams,
+    relative_error,
+    residual_factor,
+)
 
-# a decoder layer of transformers, whose parts are looked up by name
-Layer = Any
+
 # families whose layer is `x + attention(norm(x))`, then `x + mlp(norm(x))`, with separate projections
 FITTED_BACKBONES = ("llama", "mistral", "qwen2", "qwen3", "smollm3", "granite")
-_CHUNK = 4096  # tokens whose features exist in fp64 at one time
 _SAMPLE = 8  # batches that decide which parts a layer gets
 
 
@@ -56,6 +67,8 @@ def fit_shared_layers(
 ) -> list[FittedLayer]:
     """Sets the shared layers of a recursive model by what the layers of its source do on a text.
 
+    What each recursion has of its own (`recursion_rank`) comes last: `fit_differences`.
+
     In the first sweep the stream that enters an application is the source's own where the layer before has not been
     fitted yet; further sweeps take there what the model made of it in the sweep before.
 
@@ -83,9 +96,10 @@ def fit_shared_layers(
     batches = [ids.to(source.device) for ids in batches]
     if not sum(ids.numel() for ids in batches):
         raise ValueError("The calibration text holds no token: give rows of some hundred tokens.")
-    streams = _read_streams(source, batches)
+    streams = read_streams(source, batches)
     parts = {}
     for layer, at in slots.items():
+        without_differences(model, layer)
         parts[layer] = (
             _compose(model.model.layers[layer], list(source.model.layers), at, streams) if compose else ((), {})
         )
@@ -97,10 +111,13 @@ def fit_shared_layers(
             entering = [left.pop(slot - 1, streams.entering[slot]) for slot in at]
             leaving = _solve_layer(model.model.layers[layer], at, streams, entering, ridge)
             left.update(zip(at, leaving, strict=True))
-            errors = tuple(_relative_error(left[slot], streams.entering[slot + 1]) for slot in at)
+            errors = tuple(relative_error(left[slot], streams.entering[slot + 1]) for slot in at)
             report.append(FittedLayer(layer, *parts[layer], error=errors))
             if show is not None:
                 show(report[-1])
+    if model.config.recursion_rank:
+        errors = fit_differences(model, streams, ridge)
+        report = [replace(one, error=errors[one.layer]) for one in report]
     return report
 
 
@@ -119,8 +136,6 @@ def why_not_fitted(model: PreTrainedModel, source: PreTrainedModel) -> str | Non
             f"The model has {config.num_hidden_layers} unrolled layers and the source "
             f"{source.config.num_hidden_layers}, whose layers must not have been dropped"
         )
-    if config.recursion_rank or config.recursion_norms:
-        return "Each recursion has parameters of its own, which conversion has started already"
     if config.kv_mode == "shared":
         return "Deeper recursions read keys and values of the first one, which no layer of the source does"
     if config.routing != "none" and config.gating != "interpolate":
@@ -136,126 +151,37 @@ def _shared_slots(physical_layers: list[int]) -> dict[int, list[int]]:
     return {layer: at for layer, at in slots.items() if len(at) > 1}
 
 
-@dataclass
-class _Streams:
-    """What goes through the source, per slot and batch: states, arguments of its layers.
-
-    Attributes:
-        entering: states before each layer, and behind the last one.
-        between: states between attention and MLP.
-        arguments: keyword arguments of each layer's call.
-    """
-
-    entering: list[list[torch.Tensor]] = field(default_factory=list)
-    between: list[list[torch.Tensor]] = field(default_factory=list)
-    arguments: list[list[dict[str, Any]]] = field(default_factory=list)
-
-
-def _read_streams(source: PreTrainedModel, batches: list[torch.Tensor]) -> _Streams:
-    layers = source.model.layers
-    streams = _Streams([[] for _ in range(len(layers) + 1)], [[] for _ in layers], [[] for _ in layers])
-
-    def enter(slot: int, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-        streams.entering[slot].append(args[0])
-        streams.arguments[slot].append(kwargs)
-
-    def pass_on(slot: int, module: nn.Module, args: tuple) -> None:
-        streams.between[slot].append(args[0])
-
-    def leave(module: nn.Module, args: tuple, output: torch.Tensor) -> None:
-        streams.entering[-1].append(output)
-
-    hooks = [layers[-1].register_forward_hook(leave)]
-    for slot, layer in enumerate(layers):
-        hooks.append(layer.register_forward_pre_hook(partial(enter, slot), with_kwargs=True))
-        hooks.append(layer.post_attention_layernorm.register_forward_pre_hook(partial(pass_on, slot)))
-    was_training = source.training
-    source.eval()
-    try:
-        for ids in batches:
-            source.model(ids, use_cache=False)
-    finally:
-        source.train(was_training)
-        for hook in hooks:
-            hook.remove()
-    return streams
-
-
 def _solve_layer(
-    layer: Layer, slots: list[int], streams: _Streams, entering: list[list[torch.Tensor]], ridge: float
+    layer: Layer, slots: list[int], streams: SourceStreams, entering: list[list[torch.Tensor]], ridge: float
 ) -> list[list[torch.Tensor]]:
     """Solves for what attention and MLP write to the stream; returns the states behind each application."""
     features = [
-        _attention_features(layer, slot, streams, states) for slot, states in zip(slots, entering, strict=True)
+        attention_features(layer, slot, streams, states, recursion)
+        for recursion, (slot, states) in enumerate(zip(slots, entering, strict=True))
     ]
     between = _solve(layer.self_attn.o_proj, layer, features, entering, [streams.between[s] for s in slots], ridge)
-    features = [[_mlp_features(layer, states) for states in batch] for batch in between]
+    features = [
+        [mlp_features(layer, states, recursion) for states in batch] for recursion, batch in enumerate(between)
+    ]
     return _solve(layer.mlp.down_proj, layer, features, between, [streams.entering[s + 1] for s in slots], ridge)
-
-
-def _attention_features(layer: Layer, slot: int, streams: _Streams, states: list[torch.Tensor]) -> list[torch.Tensor]:
-    """What `o_proj` reads, of shape `(batch, seq_len, heads * head_dim)`."""
-    found: list[torch.Tensor] = []
-    hook = layer.self_attn.o_proj.register_forward_pre_hook(lambda module, args: found.append(args[0]))
-    try:
-        for batch, kwargs in zip(states, streams.arguments[slot], strict=False):
-            layer.self_attn(layer.input_layernorm(batch), **kwargs)
-    finally:
-        hook.remove()
-    return found
-
-
-def _mlp_features(layer: Layer, between: torch.Tensor) -> torch.Tensor:
-    """What `down_proj` reads, of shape `(batch, seq_len, intermediate_size)`."""
-    mlp = layer.mlp
-    normed = layer.post_attention_layernorm(between)
-    return mlp.act_fn(mlp.gate_proj(normed)) * mlp.up_proj(normed)
-
-
-Batches = list[list[torch.Tensor]]
 
 
 def _solve(
     writer: nn.Linear, layer: Layer, features: Batches, entering: Batches, wanted: Batches, ridge: float
 ) -> Batches:
-    """Weights with which `entering + writer(features)` comes nearest to `wanted`; returns these sums.
-
-    Tokens count by the inverse of their size, since a few states are hundreds of times larger than all others.
-    """
-    factor = getattr(layer, "residual_multiplier", 1.0)
-    before = writer.weight.double()
-    inputs = writer.in_features
-    square = before.new_zeros(inputs, inputs)
-    product = before.new_zeros(inputs, writer.out_features)
-    for one in zip(features, entering, wanted, strict=True):
-        for reads, here, there in zip(*one, strict=True):
-            size = there.square().mean(-1, keepdim=True).clamp(min=1e-12).rsqrt()
-            moved = (there - here) / factor
-            if writer.bias is not None:
-                moved = moved - writer.bias
-            x, y = (reads * size).flatten(0, -2), (moved * size).flatten(0, -2)
-            for x_part, y_part in zip(x.split(_CHUNK), y.split(_CHUNK), strict=True):
-                square += (x_part.T @ x_part).double()
-                product += (x_part.T @ y_part).double()
-    penalty = ridge * square.diagonal().mean().clamp(min=1e-12)
-    square.diagonal().add_(penalty)
-    writer.weight.copy_(torch.linalg.solve(square, product + penalty * before.T).T)
+    """Weights with which `entering + writer(features)` comes nearest to `wanted`; returns these sums."""
+    square, product = normal_equations(writer, layer, features, entering, wanted)
+    penalty = add_ridge(square, ridge)
+    writer.weight.copy_(torch.linalg.solve(square, product + penalty * writer.weight.double().T).T)
+    factor = residual_factor(layer)
     return [
         [here + factor * writer(reads) for reads, here in zip(*one, strict=True)]
         for one in zip(features, entering, strict=True)
     ]
 
 
-def _relative_error(states: list[torch.Tensor], wanted: list[torch.Tensor]) -> float:
-    parts = [
-        ((s - w).square().sum(-1) / w.square().sum(-1).clamp(min=1e-12)).flatten()
-        for s, w in zip(states, wanted, strict=True)
-    ]
-    return float(torch.cat(parts).mean())
-
-
 def _compose(
-    layer: Layer, source_layers: list[Layer], slots: list[int], streams: _Streams
+    layer: Layer, source_layers: list[Layer], slots: list[int], streams: SourceStreams
 ) -> tuple[tuple[int, ...], dict[int, int]]:
     """Makes a layer of the heads and neurons of several that move the source's stream most.
 
@@ -270,13 +196,15 @@ def _compose(
     return heads, _compose_mlp(layer, replaced, slots, streams)
 
 
-def _compose_attention(layer: Layer, replaced: list[Layer], slots: list[int], streams: _Streams) -> tuple[int, ...]:
+def _compose_attention(
+    layer: Layer, replaced: list[Layer], slots: list[int], streams: SourceStreams
+) -> tuple[int, ...]:
     width = layer.self_attn.head_dim
     key_heads = layer.self_attn.k_proj.out_features // width
     queries = layer.self_attn.o_proj.in_features // key_heads
     energies = []
     for old, slot in zip(replaced, slots, strict=True):
-        features = _attention_features(old, slot, streams, streams.entering[slot][:_SAMPLE])
+        features = attention_features(old, slot, streams, streams.entering[slot][:_SAMPLE])
         square = _weighted_square(features, streams.between[slot])
         weight = old.self_attn.o_proj.weight.double()
         for head in range(key_heads):
@@ -323,13 +251,13 @@ def _with_each(chosen: list[int], energies: list[float], per_layer: int, layers:
     return chosen
 
 
-def _compose_mlp(layer: Layer, replaced: list[Layer], slots: list[int], streams: _Streams) -> dict[int, int]:
+def _compose_mlp(layer: Layer, replaced: list[Layer], slots: list[int], streams: SourceStreams) -> dict[int, int]:
     energies = []
     for old, slot in zip(replaced, slots, strict=True):
         total: Any = 0.0
         for between, wanted in zip(streams.between[slot][:_SAMPLE], streams.entering[slot + 1], strict=False):
             size = wanted.square().mean(-1, keepdim=True).clamp(min=1e-12)
-            total = total + (_mlp_features(old, between).square() / size).flatten(0, -2).sum(0)
+            total = total + (mlp_features(old, between).square() / size).flatten(0, -2).sum(0)
         energies.append(total * old.mlp.down_proj.weight.square().sum(0))
     neurons = layer.mlp.gate_proj.out_features
     chosen = torch.cat(energies).topk(neurons).indices.sort().values
@@ -351,7 +279,8 @@ def _compose_mlp(layer: Layer, replaced: list[Layer], slots: list[int], streams:
 def _mean_norm(norm: Any, replaced: list[Layer]) -> None:
     """A weight for all, by which the matrices that read it are divided; never 0."""
     mean = torch.stack([old.weight for old in replaced]).square().mean(0).sqrt()
-    norm.weight.copy_(mean.clamp(min=1e-3 * float(mean.max())))
+    for one in (norm, *getattr(norm, "deeper", ())):
+        one.weight.copy_(mean.clamp(min=1e-3 * float(mean.max())))
 
 
 def _weighted_square(features: list[torch.Tensor], states: list[torch.Tensor]) -> torch.Tensor:
