@@ -136,7 +136,7 @@ def main() -> None:
         "# Decode cost at batch 1",
         "",
         "Time per token of MoR (SmolLM2-135M's shape, 2 recursions, random weights) against vanilla Llama's time for "
-        "the head and the layers that run. Made by `python benchmarks/decode_cost.py --write`.",
+        "the head and the layers that run.",
         "",
         f"Machine: {machine()}. Medians of {args.steps} interleaved steps, {args.clock} time.",
     ]

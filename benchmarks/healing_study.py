@@ -407,7 +407,7 @@ def report(study: Study, measured: dict[str, dict[str, Any]]) -> list[str]:
     lines += ["", "Paired over seeds, healed loss:", "", *comparisons(by_row)]
     hours = sum(cell.get("cpu_seconds", 0) for cell in measured.values()) / 3600
     lines += ["", f"{hours:.1f} hours of processor time for the cells. {machine()}."]
-    return [*lines, "", "Made by `python benchmarks/healing_study.py --text ... --work DIR --write`."]
+    return lines
 
 
 def mean_of(cells: dict[int, dict[str, Any]], field: str) -> float:

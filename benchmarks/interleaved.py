@@ -8,6 +8,8 @@ import argparse
 import os
 import platform
 import random
+import shlex
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -111,8 +113,11 @@ def parse_arguments(description: str, steps: int, past: list[int]) -> argparse.N
 
 
 def publish(script: str, lines: list[str], write: bool) -> None:
-    """Prints the report; with `write` it also becomes `<script>.md`."""
-    report = "\n".join(lines) + "\n"
+    """Prints the report and how it was made; with `write` it also becomes `<script>.md`."""
+    # names of files, not where they lie on this machine
+    words = [Path(word).name if os.sep in word and Path(word).exists() else word for word in sys.argv[1:]]
+    made_by = shlex.join(["python", f"benchmarks/{Path(script).name}", *words])
+    report = "\n".join([*lines, "", f"Made by `{made_by}`."]) + "\n"
     print(report)
     if write:
         target = Path(script).with_suffix(".md")

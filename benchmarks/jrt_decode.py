@@ -71,7 +71,7 @@ def main() -> None:
         "# Decoding of JRT-RNN behind long contexts",
         "",
         "The 360M layout at a quarter of its width, random weights, batch 1, a prefix of 1024 tokens; in proportion "
-        "to the shortest context. Made by `python benchmarks/jrt_decode.py --write`.",
+        "to the shortest context.",
         "",
         f"Machine: {machine()}. Medians of {args.steps} interleaved steps, {args.clock} time.",
         "",

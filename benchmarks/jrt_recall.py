@@ -20,10 +20,9 @@ import statistics
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import torch
-from interleaved import machine
+from interleaved import machine, publish
 from paired_seeds import paired_difference
 from torch.nn.functional import cross_entropy
 
@@ -95,11 +94,7 @@ def main() -> None:
         for name, by_arm in accuracies.items():
             lines += rows(name, by_arm, args.seeds)
     lines += ["", f"{(time.process_time() - started) / 60:.0f} minutes of processor time. {machine()}."]
-    lines += ["", f"Made by `python benchmarks/jrt_recall.py {command(args)} --write`."]
-    report = "\n".join(lines) + "\n"
-    print(report)
-    if args.write:
-        Path(__file__).with_suffix(".md").write_text(report, encoding="utf-8")
+    publish(__file__, lines, args.write)
 
 
 def make_model(arm: str, task: Task, seed: int) -> JRTForCausalLM:
@@ -194,15 +189,6 @@ def rows(name: str, by_arm: dict[str, list[float]], seeds: Sequence[int]) -> lis
     ]
     means = " | ".join(f"{statistics.fmean(by_arm[arm]):.4f}" for arm in ARMS)
     return [*lines, f"| {name} | mean | {means} | {paired_difference(*(by_arm[arm] for arm in ARMS))} |"]
-
-
-def command(args: argparse.Namespace) -> str:
-    """The arguments that the figures depend on."""
-    seeds = " ".join(str(seed) for seed in args.seeds)
-    return (
-        f"--seeds {seeds} --steps {args.steps} --mqar-steps {args.mqar_steps} --batch {args.batch} "
-        f"--learning-rate {args.learning_rate:g}"
-    )
 
 
 def arguments() -> argparse.Namespace:

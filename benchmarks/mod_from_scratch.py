@@ -12,9 +12,9 @@ and with the causal rule.
 import argparse
 import math
 import statistics
-from pathlib import Path
 
 import torch
+from interleaved import publish
 from paired_seeds import paired_difference
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
@@ -47,10 +47,7 @@ def main() -> None:
             losses[arm].append(measure(model, held, train[: args.calibration_rows]))
             topk, causal = losses[arm][-1]
             print(f"seed {seed} {arm:<24} top-k {topk:.4f} causal {causal:.4f}", flush=True)
-    text = report(losses, train, args)
-    print(text)
-    if args.write:
-        Path(__file__).with_suffix(".md").write_text(text, encoding="utf-8")
+    publish(__file__, report(losses, train, args), args.write)
 
 
 def train_tokenizer(texts: list[str], vocabulary: int) -> Tokenizer:
@@ -121,7 +118,7 @@ def measure(model: MoDForCausalLM, held: torch.Tensor, text: torch.Tensor) -> tu
     return loss(), causal
 
 
-def report(losses: dict[str, list[tuple[float, float]]], train: torch.Tensor, args: argparse.Namespace) -> str:
+def report(losses: dict[str, list[tuple[float, float]]], train: torch.Tensor, args: argparse.Namespace) -> list[str]:
     """The Markdown page."""
     lines = [
         "# Learned against stochastic routing",
@@ -140,10 +137,7 @@ def report(losses: dict[str, list[tuple[float, float]]], train: torch.Tensor, ar
         for j, rule in enumerate(("top-k", "causal rule")):
             learned, stochastic = ([pair[j] for pair in losses[one]] for one in (arm, "stochastic"))
             lines += ["", f"Stochastic minus {arm}, {rule}: {paired_difference(learned, stochastic)}."]
-    command = f"--steps {args.steps} --batch {args.batch} --width {args.width} --layers {args.layers}"
-    command += f" --vocabulary {args.vocabulary}"
-    lines += ["", f"Made by `python benchmarks/mod_from_scratch.py --text ... {command} --write`."]
-    return "\n".join(lines) + "\n"
+    return lines
 
 
 def suffixes(arm: str) -> tuple[str, ...]:

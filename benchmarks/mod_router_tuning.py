@@ -16,6 +16,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
+from interleaved import publish
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, TrainingArguments
 from transformers.utils import logging
 
@@ -40,10 +41,7 @@ def main() -> None:
     logging.set_verbosity_error()
     with tempfile.TemporaryDirectory() as folder:
         lines = [line for skipped in args.skipped for line in study(args, skipped, Path(folder))]
-    page = "\n".join([*header(args), *lines]) + "\n"
-    print(page)
-    if args.write:
-        Path(__file__).with_suffix(".md").write_text(page, encoding="utf-8")
+    publish(__file__, [*header(args), *lines], args.write)
 
 
 def study(args: argparse.Namespace, skipped: float, folder: Path) -> list[str]:

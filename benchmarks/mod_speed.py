@@ -169,8 +169,7 @@ def main() -> None:
         "",
         "Decoding and prefill of MoD (SmolLM2-135M's shape, random weights) against vanilla Llama. `entered` is the "
         "share of routed layers that the tokens of the timed calls entered, from which the accountant's figures "
-        "follow; `limit` is the weights read in decoding, and the matrix products in prefill. Made by `python "
-        "benchmarks/mod_speed.py --write`.",
+        "follow; `limit` is the weights read in decoding, and the matrix products in prefill.",
         "",
         f"Machine: {host}. Medians of {args.steps} interleaved decode steps and {prefills} prefills, {args.clock} "
         "time.",

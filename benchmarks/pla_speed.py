@@ -158,8 +158,7 @@ def main() -> None:
         "# Speed of prefix linear attention",
         "",
         "One attention of 16 heads, feature size 16, head size 64, a prefix of half the tokens (JRT paper, table 5), "
-        "batch 1, against `scaled_dot_product_attention` of head size 64 and against the quadratic form. Made by "
-        "`python benchmarks/pla_speed.py --write`.",
+        "batch 1, against `scaled_dot_product_attention` of head size 64 and against the quadratic form.",
         "",
         f"Machine: {machine()}. Medians of interleaved calls, {args.clock} time.",
     ]

@@ -187,7 +187,6 @@ def main() -> None:
         seconds = take_turns(runs, steps, CLOCKS[args.clock], warm_up=1)
         lines += ["", f"{title}: {depth} layers, {rows} x {tokens} tokens, medians of {steps} interleaved steps.", ""]
         lines += table(group, seconds, [memory[name] for name in group])
-    lines += ["", "Made by `python benchmarks/train_step.py --write`."]
     publish(__file__, lines, args.write)
 
 

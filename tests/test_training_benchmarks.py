@@ -84,6 +84,7 @@ def test_a_healing_study_goes_on_where_it_stopped_and_its_cells_are_paired(scrip
     page = capsys.readouterr().out
     assert "| middle_cycle | upper | logits |" in page
     assert "- middle_cycle upper logits minus middle_cycle upper lm: " in page
+    assert page.count("Made by `python benchmarks/healing_study.py --work work --text topics.txt --only ") == 1
 
     with pytest.raises(SystemExit, match="was made with width 32"):
         study.run("--work", str(work), *TINY, "--width", "64")
