@@ -116,8 +116,8 @@ def fit_shared_layers(
             if show is not None:
                 show(report[-1])
     if model.config.recursion_rank:
-        errors = fit_differences(model, streams, ridge)
-        report = [replace(one, error=errors[one.layer]) for one in report]
+        final = fit_differences(model, streams, ridge)
+        report = [replace(one, error=final[one.layer]) for one in report]
     return report
 
 
