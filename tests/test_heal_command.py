@@ -87,8 +87,9 @@ def test_says_why_it_did_not_fit(folders, tmp_path, capsys):
 
 
 def test_weights_keep_the_type_that_they_had(folders, tmp_path):
-    """Trained in fp32, where a step is not lost, and stored as before; routers in fp32."""
-    convert(folders / "source", tmp_path / "mor", num_recursions=2, dtype="bfloat16", quiet=True)
+    """Trained in fp32, where a step is not lost, and stored as before, what recursions add too; routers in fp32."""
+    fields = {"recursion_rank": 2, "recursion_norms": True, "dtype": "bfloat16"}
+    convert(folders / "source", tmp_path / "mor", num_recursions=2, quiet=True, **fields)
     command = ["heal", str(tmp_path / "mor"), str(folders / "text.txt"), "--source", str(folders / "source")]
     assert main([*command, "-o", str(tmp_path / "healed"), "--tokens", "384", *SHORT]) == 0
     before, after = (load_file(tmp_path / name / "model.safetensors") for name in ("mor", "healed"))
@@ -96,7 +97,7 @@ def test_weights_keep_the_type_that_they_had(folders, tmp_path):
     assert after["model.routers.weight"].dtype == torch.float32
     assert json.loads((tmp_path / "healed" / "config.json").read_text())["dtype"] == "bfloat16"
     moved = [name for name, tensor in after.items() if not torch.equal(tensor, before[name])]
-    assert any("up_proj" in name for name in moved)
+    assert any("mlp.up_proj" in name for name in moved) and any("down_proj_up" in name for name in moved)
     assert not (tmp_path / "healed-training").exists()
 
 
