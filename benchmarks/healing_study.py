@@ -415,11 +415,11 @@ def mean_of(cells: dict[int, dict[str, Any]], field: str) -> float:
 
 
 def comparisons(by_row: dict[tuple[str, str, str], dict[int, dict[str, Any]]]) -> list[str]:
-    """Each method against plain cross-entropy, and each start against the first, where the rest is equal."""
+    """Each method against cross-entropy and plain distillation, each start against the first, the rest being equal."""
     lines = []
     for row in by_row:
         sharing, init, method = row
-        for other in ((sharing, init, "lm"), (sharing, INITS[0], method)):
+        for other in ((sharing, init, "lm"), (sharing, init, "logits"), (sharing, INITS[0], method)):
             seeds = sorted(by_row[row].keys() & by_row.get(other, {}).keys())
             if other == row or not seeds:
                 continue
