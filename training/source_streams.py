@@ -17,7 +17,7 @@ from ..modeling.recursion_parameters import at_recursion
 Layer = Any
 # states of the batches at one place, of several places
 Batches = list[list[torch.Tensor]]
-_CHUNK = 4096  # tokens whose features exist in fp64 at one time
+_CHUNK = 4096  # tokens that are summed in fp32, before the sums are added in fp64
 
 
 @dataclass
@@ -36,6 +36,7 @@ class SourceStreams:
 
 
 def read_streams(source: PreTrainedModel, batches: list[torch.Tensor]) -> SourceStreams:
+    """Runs a vanilla model in eval mode on token ids of shape `(batch, seq_len)`."""
     layers = source.model.layers
     streams = SourceStreams([[] for _ in range(len(layers) + 1)], [[] for _ in layers], [[] for _ in layers])
 
