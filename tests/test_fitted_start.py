@@ -227,6 +227,10 @@ def test_the_fit_drops_what_conversion_took_from_singular_values(relaxed_folder,
     """It was the difference to a shared layer that is another one now; what it read stays to learn from."""
     model = AutoModelForCausalLM.from_pretrained(relaxed_folder)
     converted = {name: p.clone() for name, p in model.named_parameters() if "recursion_adapter" in name}
+    with torch.no_grad():
+        for number, layer in enumerate(source.model.layers):
+            layer.input_layernorm.weight *= 1 + 0.1 * number
+            layer.post_attention_layernorm.weight *= 1 + 0.1 * number
     report = fit_shared_layers(model, source, text_blocks().blocks[:16].split(16))
     # matrices of several layers were divided by one norm, which each recursion must have
     for layer in (model.model.layers[one.layer] for one in report):
