@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from real_text import source_config, text_blocks, text_tokenizer, training_arguments
+from transformers import AutoModelForCausalLM, LlamaForCausalLM, Trainer
 
 from varidepth.training.text_blocks import load_documents
 
@@ -93,6 +95,42 @@ def test_a_healing_study_goes_on_where_it_stopped_and_its_cells_are_paired(scrip
 def test_a_study_without_source_and_text_says_what_is_missing(script, tmp_path):
     with pytest.raises(SystemExit, match="give --text FILE"):
         script("healing_study").run("--work", str(tmp_path), *TINY)
+
+
+def test_a_pretrained_model_is_cut_healed_and_routed(script, tmp_path, capsys):
+    text, held_out = tmp_path / "topics.txt", tmp_path / "held-out.txt"
+    documents = load_documents()
+    text.write_text("\n\n".join(documents[:20]))
+    held_out.write_text("\n\n".join(documents[20:24]))
+    source, output = tmp_path / "source", tmp_path / "output"
+    model = LlamaForCausalLM(source_config())
+    plan = training_arguments(tmp_path, max_steps=150, per_device_train_batch_size=16)
+    Trainer(model, plan, train_dataset=text_blocks()).train()
+    model.save_pretrained(source)
+    text_tokenizer().save_pretrained(source)
+    words = (
+        "--recursion-rank 2 --minutes 0.05 --routing-minutes 0.05 --fit-tokens 1024 --sampled-tokens 512 "
+        "--held-out-tokens 512 --windows 32 64 --every 2048 --curve-tokens 128 --threads 1"
+    ).split()
+    files = ["--source", str(source), "--text", str(text), "--held-out", str(held_out), "--output", str(output)]
+    script("pretrained_healing").run(*files, *words)
+    page = capsys.readouterr().out
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in page.splitlines() if line.startswith("| ")]
+    losses = {row[0]: list(map(float, row[2:])) for row in rows if len(row) == 4 and row[0] != "model"}
+    names = list(losses)
+    assert names[:3] == ["source", "cut", "healed, all tokens at full depth"] and len(names) == 5
+    assert 0.5 < float(names[3].removeprefix("routed, compute of the layers ")) < 1
+    assert all(known < healed < cut for known, cut, healed in zip(*(losses[n] for n in names[:3]), strict=True))
+    parameters = {row[0]: row[1] for row in rows if len(row) == 4}
+    assert parameters["cut"] == parameters[names[2]] and parameters["source"] != parameters["cut"]
+    curve = [(int(row[0]), float(row[2])) for row in rows if len(row) == 3 and row[0] != "tokens"]
+    assert len(curve) > 1 and curve[0][0] == 0 and curve == sorted(curve)
+    assert "Made by `python benchmarks/pretrained_healing.py --source source --text topics.txt" in page
+
+    # what it leaves loads as what was measured
+    routed = AutoModelForCausalLM.from_pretrained(output / "routed")
+    assert routed.config.capacities == AutoModelForCausalLM.from_pretrained(output / "cut").config.capacities
+    assert AutoModelForCausalLM.from_pretrained(output / "healed").config.capacities == [1.0, 1.0]
 
 
 def test_intervals_over_seeds(script):

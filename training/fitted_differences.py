@@ -2,29 +2,17 @@
 
 A shared layer that was fitted to several layers (`fitted_start`) is a compromise between them. At each application the
 low-rank differences of the matrices that write to the stream make up for a part of it: reduced-rank regression of what
-is left to the source's stream, application by application in the order in which the model runs them, so that each one
-also corrects what those before have left.
+is left to the source's stream (`stream_writers`), application by application in the order in which the model runs
+them, so that each one also corrects what those before have left.
 """
 
 from __future__ import annotations
 
-from functools import partial
-from typing import Any
-
 import torch
-from torch import nn
 from transformers import PreTrainedModel
 
-from .source_streams import (
-    Layer,
-    SourceStreams,
-    add_ridge,
-    attention_features,
-    mlp_features,
-    normal_equations,
-    relative_error,
-    residual_factor,
-)
+from .source_streams import SourceStreams, attention_features, mlp_features, relative_error
+from .stream_writers import StreamWriter
 
 
 def without_differences(model: PreTrainedModel, layer: int) -> None:
@@ -54,47 +42,12 @@ def fit_differences(model: PreTrainedModel, streams: SourceStreams, ridge: float
     states = streams.entering[0]
     for slot, number in enumerate(model.config.physical_layers):
         layer, recursion = model.model.layers[number], len(errors.get(number, ()))
-        fit = partial(_fit_writer, layer, recursion=recursion, ridge=ridge)
-        features = attention_features(layer, slot, streams, states, recursion)
-        states = fit(layer.self_attn, "o_proj", features, states, streams.between[slot])
-        features = [mlp_features(layer, between, recursion) for between in states]
-        states = fit(layer.mlp, "down_proj", features, states, streams.entering[slot + 1])
+        features, wanted = attention_features(layer, slot, streams, states, recursion), streams.between[slot]
+        writer = StreamWriter(layer, layer.self_attn, "o_proj")
+        states = writer.solve_difference(recursion, features, states, wanted, ridge)
+        features, wanted = [mlp_features(layer, one, recursion) for one in states], streams.entering[slot + 1]
+        writer = StreamWriter(layer, layer.mlp, "down_proj")
+        states = writer.solve_difference(recursion, features, states, wanted, ridge)
         if hasattr(layer.mlp, "recursion_adapter"):
             errors[number] = (*errors.get(number, ()), relative_error(states, streams.entering[slot + 1]))
     return errors
-
-
-def _fit_writer(
-    layer: Layer,
-    part: Any,
-    name: str,
-    features: list[torch.Tensor],
-    entering: list[torch.Tensor],
-    wanted: list[torch.Tensor],
-    *,
-    recursion: int,
-    ridge: float,
-) -> list[torch.Tensor]:
-    """Fits the difference of one matrix, if it has any; returns the states behind it."""
-    writer: nn.Linear = getattr(part, name)
-    adapter = getattr(part, "recursion_adapter", None)
-    factor = residual_factor(layer)
-    if adapter is None:
-        return [here + factor * writer(reads) for reads, here in zip(features, entering, strict=True)]
-    square, product = normal_equations(writer, layer, [features], [entering], [wanted])
-    product -= square @ writer.weight.double().T
-    add_ridge(square, ridge)
-    best = torch.linalg.solve(square, product)
-    # the best weights of a rank lie in the directions in which the best of all ranks write most
-    directions = torch.linalg.eigh(best.T @ square @ best).eigenvectors
-    down, up = getattr(adapter, f"{name}_down")[recursion], getattr(adapter, f"{name}_up")[recursion]
-    written = directions[:, -len(down) :]
-    read = (best @ written).T
-    # steps of one size move both factors alike
-    balance = read.norm(dim=1, keepdim=True).clamp(min=1e-12).sqrt()
-    down.copy_(read / balance)
-    up.copy_(written * balance.T)
-    return [
-        here + factor * (writer(reads) + adapter(reads, name, recursion))
-        for reads, here in zip(features, entering, strict=True)
-    ]

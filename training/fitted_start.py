@@ -4,7 +4,8 @@ A shared layer has to act like several layers of its source. It is made of their
 and MLP neurons it gets those that move the stream most. Then the matrices that write to the stream are solved for,
 layer by layer from the first to the last, so that at each of its applications the layer brings the student's own
 stream, with the errors of the layers before, to where the source's stream is (ridge regression, no gradient). Where
-each recursion has low-rank differences of its own, these are solved for in the same way (`fitted_differences`).
+each recursion has low-rank differences of its own, both are solved for at once (`stream_writers`), and the differences
+once more along the stream that the whole model makes (`fitted_differences`).
 """
 
 from __future__ import annotations
@@ -14,22 +15,18 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import nn
 from transformers import PreTrainedModel
 
 from .fitted_differences import fit_differences, without_differences
 from .source_streams import (
-    Batches,
     Layer,
     SourceStreams,
-    add_ridge,
     attention_features,
     mlp_features,
-    normal_equations,
     read_streams,
     relative_error,
-    residual_factor,
 )
+from .stream_writers import StreamWriter
 
 
 # families whose layer is `x + attention(norm(x))`, then `x + mlp(norm(x))`, with separate projections
@@ -67,10 +64,9 @@ def fit_shared_layers(
 ) -> list[FittedLayer]:
     """Sets the shared layers of a recursive model by what the layers of its source do on a text.
 
-    What each recursion has of its own (`recursion_rank`) comes last: `fit_differences`.
-
     In the first sweep the stream that enters an application is the source's own where the layer before has not been
-    fitted yet; further sweeps take there what the model made of it in the sweep before.
+    fitted yet; further sweeps take there what the model made of it in the sweep before. What each recursion has of its
+    own (`recursion_rank`) is set with the layer, and last along the model's own stream: `fit_differences`.
 
     Args:
         model (`PreTrainedModel`): a MoR of the source's family and depth. Only its shared layers change.
@@ -159,25 +155,13 @@ def _solve_layer(
         attention_features(layer, slot, streams, states, recursion)
         for recursion, (slot, states) in enumerate(zip(slots, entering, strict=True))
     ]
-    between = _solve(layer.self_attn.o_proj, layer, features, entering, [streams.between[s] for s in slots], ridge)
+    wanted = [streams.between[slot] for slot in slots]
+    between = StreamWriter(layer, layer.self_attn, "o_proj").solve(features, entering, wanted, ridge)
     features = [
         [mlp_features(layer, states, recursion) for states in batch] for recursion, batch in enumerate(between)
     ]
-    return _solve(layer.mlp.down_proj, layer, features, between, [streams.entering[s + 1] for s in slots], ridge)
-
-
-def _solve(
-    writer: nn.Linear, layer: Layer, features: Batches, entering: Batches, wanted: Batches, ridge: float
-) -> Batches:
-    """Weights with which `entering + writer(features)` comes nearest to `wanted`; returns these sums."""
-    square, product = normal_equations(writer, layer, features, entering, wanted)
-    penalty = add_ridge(square, ridge)
-    writer.weight.copy_(torch.linalg.solve(square, product + penalty * writer.weight.double().T).T)
-    factor = residual_factor(layer)
-    return [
-        [here + factor * writer(reads) for reads, here in zip(*one, strict=True)]
-        for one in zip(features, entering, strict=True)
-    ]
+    wanted = [streams.entering[slot + 1] for slot in slots]
+    return StreamWriter(layer, layer.mlp, "down_proj").solve(features, between, wanted, ridge)
 
 
 def _compose(

@@ -1,4 +1,4 @@
-"""What flows through a pretrained source on a text, and how the weights that bring a student there are found."""
+"""What flows through a pretrained source on a text, and what the layers of a student read of it."""
 
 from __future__ import annotations
 
@@ -17,7 +17,6 @@ from ..modeling.recursion_parameters import at_recursion
 Layer = Any
 # states of the batches at one place, of several places
 Batches = list[list[torch.Tensor]]
-_CHUNK = 4096  # tokens that are summed in fp32, before the sums are added in fp64
 
 
 @dataclass
@@ -35,6 +34,7 @@ class SourceStreams:
     arguments: list[list[dict[str, Any]]] = field(default_factory=list)
 
 
+@torch.no_grad()
 def read_streams(source: PreTrainedModel, batches: list[torch.Tensor]) -> SourceStreams:
     """Runs a vanilla model in eval mode on token ids of shape `(batch, seq_len)`."""
     layers = source.model.layers
@@ -87,46 +87,6 @@ def mlp_features(layer: Layer, between: torch.Tensor, recursion: int = 0) -> tor
     with at_recursion(layer, recursion):
         normed = layer.post_attention_layernorm(between)
         return mlp.act_fn(mlp.gate_proj(normed)) * mlp.up_proj(normed)
-
-
-def normal_equations(
-    writer: nn.Linear, layer: Layer, features: Batches, entering: Batches, wanted: Batches
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Second moments of what a linear layer reads, and of that with what it would have to write.
-
-    Tokens count by the inverse of their size, since a few states are hundreds of times larger than all others.
-
-    Args:
-        writer: writes to the stream, its bias included.
-        layer: that it belongs to.
-        features: what it reads, of shape `(batch, seq_len, in_features)`.
-        entering, wanted: states before and behind it, of shape `(batch, seq_len, hidden_size)`.
-
-    Returns:
-        Tensors of shape `(in_features, in_features)` and `(in_features, out_features)` in fp64: the weights that solve
-        `square @ weight.T = product` are the best.
-    """
-    factor = residual_factor(layer)
-    square = writer.weight.new_zeros(writer.in_features, writer.in_features, dtype=torch.float64)
-    product = square.new_zeros(writer.in_features, writer.out_features)
-    for one in zip(features, entering, wanted, strict=True):
-        for reads, here, there in zip(*one, strict=True):
-            size = there.square().mean(-1, keepdim=True).clamp(min=1e-12).rsqrt()
-            moved = (there - here) / factor
-            if writer.bias is not None:
-                moved = moved - writer.bias
-            x, y = (reads * size).flatten(0, -2), (moved * size).flatten(0, -2)
-            for x_part, y_part in zip(x.split(_CHUNK), y.split(_CHUNK), strict=True):
-                square += (x_part.T @ x_part).double()
-                product += (x_part.T @ y_part).double()
-    return square, product
-
-
-def add_ridge(square: torch.Tensor, ridge: float) -> torch.Tensor:
-    """Adds `ridge` times its mean to the diagonal, in place; returns what was added."""
-    penalty = ridge * square.diagonal().mean().clamp(min=1e-12)
-    square.diagonal().add_(penalty)
-    return penalty
 
 
 def residual_factor(layer: Layer) -> float:
