@@ -4,13 +4,14 @@
 
 The source is converted to two recursions that differ by matrices of low rank, and healed with every token at full
 depth; then, with `--routing-minutes`, routing is turned on. All that is done to the model counts as time: what the
-source writes, the fitted start and the training.
+source writes, the fitted start and the training, with the losses that are measured along it.
 """
 
 import argparse
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -86,7 +87,8 @@ def main() -> None:
         )
         capacities, model.config.capacities = model.config.capacities, [1.0] * len(model.config.capacities)
         curve = Curve(lambda measured, window: loss(measured, window, args.curve_tokens), settings, args.every)
-        healed = heal(model, teacher, documents, tokenizer, settings, work / "depth", callbacks=[curve])
+        train = partial(heal, model, teacher, documents, tokenizer)
+        healed = train(settings, work / "depth", callbacks=[curve])
         minutes = (time.monotonic() - begin) / 60
         model.save_pretrained(work / "healed")
         rows = [
@@ -96,7 +98,8 @@ def main() -> None:
         ]
         lines = [*header(args, teacher, model, healed, minutes), *rows]
         if args.routing_minutes:
-            lines += routed(args, model, teacher, documents, tokenizer, capacities, loss, work)
+            model.config.capacities = capacities
+            lines += routed(args, model, train, loss, work)
     lines += ["", "## Along the training", "", f"On {args.curve_tokens} tokens, windows of {settings.seq_len}:", ""]
     lines += ["| tokens | minutes | loss |", "|---|---|---|"]
     lines += [f"| {tokens} | {(at - begin) / 60:.1f} | {loss:.3f} |" for tokens, at, loss in curve.points]
@@ -127,18 +130,10 @@ def header(
 
 
 def routed(
-    args: argparse.Namespace,
-    model: PreTrainedModel,
-    teacher: PreTrainedModel,
-    documents: list[str],
-    tokenizer: Any,
-    capacities: list[float],
-    loss: Loss,
-    work: Path,
+    args: argparse.Namespace, model: PreTrainedModel, train: Callable[..., Healed], loss: Loss, work: Path
 ) -> list[str]:
-    """Turns routing on, trains on, and measures by the causal rule; rows of the table and what was calibrated."""
+    """Trains on with routing, and measures by the causal rule; rows of the table and what was calibrated."""
     begin = time.monotonic()
-    model.config.capacities = capacities
     settings = HealingSettings(
         minutes=args.routing_minutes,
         start="as_converted",
@@ -149,11 +144,11 @@ def routed(
         routing_end=0.5,
         seed=1,
     )
-    healed = heal(model, teacher, documents, tokenizer, settings, work / "routing")
+    healed = train(settings, work / "routing")
     minutes = (time.monotonic() - begin) / 60
     model.save_pretrained(work / "routed")
     rows = [row(f"routed, compute of the layers {healed.calibration.compute:.3f}", model, loss, args.windows)]
-    model.config.capacities = [1.0] * len(capacities)
+    model.config.capacities = [1.0] * len(model.config.capacities)
     rows.append(row("the same weights, all tokens at full depth", model, loss, args.windows))
     return [
         *rows,

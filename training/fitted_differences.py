@@ -12,7 +12,7 @@ import torch
 from transformers import PreTrainedModel
 
 from .source_streams import SourceStreams, attention_features, mlp_features, relative_error
-from .stream_writers import StreamWriter
+from .stream_writers import Application, StreamWriter
 
 
 def without_differences(model: PreTrainedModel, layer: int) -> None:
@@ -42,12 +42,12 @@ def fit_differences(model: PreTrainedModel, streams: SourceStreams, ridge: float
     states = streams.entering[0]
     for slot, number in enumerate(model.config.physical_layers):
         layer, recursion = model.model.layers[number], len(errors.get(number, ()))
-        features, wanted = attention_features(layer, slot, streams, states, recursion), streams.between[slot]
-        writer = StreamWriter(layer, layer.self_attn, "o_proj")
-        states = writer.solve_difference(recursion, features, states, wanted, ridge)
-        features, wanted = [mlp_features(layer, one, recursion) for one in states], streams.entering[slot + 1]
-        writer = StreamWriter(layer, layer.mlp, "down_proj")
-        states = writer.solve_difference(recursion, features, states, wanted, ridge)
+        features = attention_features(layer, slot, streams, states, recursion)
+        at = Application(features, states, streams.between[slot])
+        states = StreamWriter(layer, layer.self_attn, "o_proj").solve_difference(recursion, at, ridge)
+        features = [mlp_features(layer, one, recursion) for one in states]
+        at = Application(features, states, streams.entering[slot + 1])
+        states = StreamWriter(layer, layer.mlp, "down_proj").solve_difference(recursion, at, ridge)
         if hasattr(layer.mlp, "recursion_adapter"):
             errors[number] = (*errors.get(number, ()), relative_error(states, streams.entering[slot + 1]))
     return errors

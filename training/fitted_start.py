@@ -26,7 +26,7 @@ from .source_streams import (
     read_streams,
     relative_error,
 )
-from .stream_writers import StreamWriter
+from .stream_writers import Application, StreamWriter
 
 
 # families whose layer is `x + attention(norm(x))`, then `x + mlp(norm(x))`, with separate projections
@@ -151,17 +151,16 @@ def _solve_layer(
     layer: Layer, slots: list[int], streams: SourceStreams, entering: list[list[torch.Tensor]], ridge: float
 ) -> list[list[torch.Tensor]]:
     """Solves for what attention and MLP write to the stream; returns the states behind each application."""
-    features = [
-        attention_features(layer, slot, streams, states, recursion)
+    applications = [
+        Application(attention_features(layer, slot, streams, states, recursion), states, streams.between[slot])
         for recursion, (slot, states) in enumerate(zip(slots, entering, strict=True))
     ]
-    wanted = [streams.between[slot] for slot in slots]
-    between = StreamWriter(layer, layer.self_attn, "o_proj").solve(features, entering, wanted, ridge)
-    features = [
-        [mlp_features(layer, states, recursion) for states in batch] for recursion, batch in enumerate(between)
+    between = StreamWriter(layer, layer.self_attn, "o_proj").solve(applications, ridge)
+    applications = [
+        Application([mlp_features(layer, one, recursion) for one in states], states, streams.entering[slot + 1])
+        for recursion, (slot, states) in enumerate(zip(slots, between, strict=True))
     ]
-    wanted = [streams.entering[slot + 1] for slot in slots]
-    return StreamWriter(layer, layer.mlp, "down_proj").solve(features, between, wanted, ridge)
+    return StreamWriter(layer, layer.mlp, "down_proj").solve(applications, ridge)
 
 
 def _compose(

@@ -15,8 +15,6 @@ from ..modeling.recursion_parameters import at_recursion
 
 # a decoder layer of transformers, whose parts are looked up by name
 Layer = Any
-# states of the batches at one place, of several places
-Batches = list[list[torch.Tensor]]
 
 
 @dataclass

@@ -7,23 +7,36 @@ leaves.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
 
-from .source_streams import Batches, Layer, residual_factor
+from .source_streams import Layer, residual_factor
 
 
 _CHUNK = 4096  # tokens that are summed in fp32, before the sums are added in fp64
 _ROUNDS = 4  # of shared matrix and differences, each given the other
 
 
+@dataclass(frozen=True)
+class Application:
+    """What a linear layer reads at one place, and where it has to bring the stream; of several batches.
+
+    Attributes:
+        features: what it reads, of shape `(batch, seq_len, in_features)`.
+        entering: states before it, of shape `(batch, seq_len, hidden_size)`.
+        wanted: states of the source behind it, of the same shape.
+    """
+
+    features: list[torch.Tensor]
+    entering: list[torch.Tensor]
+    wanted: list[torch.Tensor]
+
+
 class StreamWriter:
     """A linear layer that writes to the stream, with what each recursion adds to it.
-
-    In all methods `features` are what it reads, of shape `(batch, seq_len, in_features)`, and `entering` and `wanted`
-    the states before and behind it, of shape `(batch, seq_len, hidden_size)`: of several batches.
 
     Args:
         layer: decoder layer.
@@ -37,17 +50,17 @@ class StreamWriter:
         self.name = name
         self.adapter: Any = getattr(part, "recursion_adapter", None)
 
-    def solve(self, features: Batches, entering: Batches, wanted: Batches, ridge: float) -> Batches:
+    def solve(self, applications: list[Application], ridge: float) -> list[list[torch.Tensor]]:
         """Sets the matrix, and what each recursion adds to it, for all applications at once.
 
         Args:
-            features, entering, wanted: of each application.
+            applications: one of each recursion.
             ridge: draws the matrix to what it was, and differences to 0, relative to the mean square of the features.
 
         Returns:
             The states behind each application.
         """
-        equations = [_Equations(self, *one) for one in zip(features, entering, wanted, strict=True)]
+        equations = [_Equations(self, one) for one in applications]
         shared = _Ridge(torch.stack([one.square for one in equations]).sum(0), ridge)
         prior = shared.penalty * self.linear.weight.double().T
         alone = [] if self.adapter is None else [_Ridge(one.square, ridge) for one in equations]
@@ -56,33 +69,23 @@ class StreamWriter:
             self.linear.weight.copy_(shared.solve(torch.stack(rests).sum(0) + prior).T)
             for recursion, own in enumerate(alone):
                 self._set_difference(recursion, own, equations[recursion].left_by(self.linear.weight))
-        applications = enumerate(zip(features, entering, strict=True))
-        return [self._states_behind(recursion, *one) for recursion, one in applications]
+        return [self._states_behind(recursion, one) for recursion, one in enumerate(applications)]
 
-    def solve_difference(
-        self,
-        recursion: int,
-        features: list[torch.Tensor],
-        entering: list[torch.Tensor],
-        wanted: list[torch.Tensor],
-        ridge: float,
-    ) -> list[torch.Tensor]:
+    def solve_difference(self, recursion: int, application: Application, ridge: float) -> list[torch.Tensor]:
         """Sets what one recursion adds to the matrix, if it adds anything.
 
         Returns:
             The states behind this application.
         """
         if self.adapter is not None:
-            equations = _Equations(self, features, entering, wanted)
+            equations = _Equations(self, application)
             rest = equations.left_by(self.linear.weight)
             self._set_difference(recursion, _Ridge(equations.square, ridge), rest)
-        return self._states_behind(recursion, features, entering)
+        return self._states_behind(recursion, application)
 
-    def _states_behind(
-        self, recursion: int, features: list[torch.Tensor], entering: list[torch.Tensor]
-    ) -> list[torch.Tensor]:
+    def _states_behind(self, recursion: int, application: Application) -> list[torch.Tensor]:
         states = []
-        for reads, here in zip(features, entering, strict=True):
+        for reads, here in zip(application.features, application.entering, strict=True):
             moved = self.linear(reads)
             if self.adapter is not None:
                 moved = moved + self.adapter(reads, self.name, recursion)
@@ -120,17 +123,12 @@ class _Equations:
     Tokens count by the inverse of their size, since a few states are hundreds of times larger than all others.
     """
 
-    def __init__(
-        self,
-        writer: StreamWriter,
-        features: list[torch.Tensor],
-        entering: list[torch.Tensor],
-        wanted: list[torch.Tensor],
-    ):
+    def __init__(self, writer: StreamWriter, application: Application):
         linear = writer.linear
         self.square = linear.weight.new_zeros(linear.in_features, linear.in_features, dtype=torch.float64)
         self.product = self.square.new_zeros(linear.in_features, linear.out_features)
-        for reads, here, there in zip(features, entering, wanted, strict=True):
+        batches = zip(application.features, application.entering, application.wanted, strict=True)
+        for reads, here, there in batches:
             size = there.square().mean(-1, keepdim=True).clamp(min=1e-12).rsqrt()
             moved = (there - here) / writer.factor
             if linear.bias is not None:
