@@ -120,10 +120,21 @@ def test_a_layer_is_made_of_heads_and_neurons_of_all_that_it_replaces(source):
             assert min(float((keys - own).abs().max()) for own in theirs) < 1e-5
 
 
-@pytest.mark.parametrize("family", FITTED_BACKBONES)
-def test_a_model_that_is_exact_already_stays_so(family):
+@pytest.mark.parametrize(
+    ("family", "fields"),
+    [
+        *((family, {}) for family in FITTED_BACKBONES),
+        ("granite", {"residual_multiplier": 0.5}),
+        ("llama", {"attention_bias": True, "mlp_bias": True}),
+    ],
+)
+def test_a_model_that_is_exact_already_stays_so(family, fields):
     """The source's layers are equal where they are shared: the solution is what they are."""
-    model = tiny_mor(family, routing="none", num_recursions=2, num_hidden_layers=6)
+    model = tiny_mor(family, routing="none", num_recursions=2, num_hidden_layers=6, **fields)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith("bias"):
+                parameter.normal_(std=0.1)
     source = vanilla_of(model)
     ids = torch.randint(3, source.config.vocab_size, (8, 24), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
